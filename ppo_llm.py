@@ -1,0 +1,1054 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "transformers>=5.17", "tyro>=1.0"]
+# ///
+"""PPO for language models, in one file to be read from top to bottom.
+
+    python ppo_llm.py                                        # embedded demo: no download, no GPU, under a minute
+    python ppo_llm.py --model gpt2 --prompts prompts.jsonl --reward rewards.py:score     # your model, GPU if there is one
+
+One update, in six steps:
+
+  1. Generate: sample one reply to each of B prompts from the policy (`generate`).
+  2. Score: the reward functions judge each whole reply: scores [B].
+  3. Evaluate: one forward gives log-probabilities and values of every token; the frozen reference model gives its own.
+  4. Credit: rewards are -β·KL per token with the score on the last one; GAE makes advantages and returns of them.
+  5. Update: several epochs of minibatches on the clipped surrogate and the clipped value loss (`ppo_update`).
+  6. Log what happened, over valid tokens only, and go on.
+
+Left out on purpose: top-k and top-p (they change the sampling distribution and so every ratio), LoRA, a registry of
+anything, other algorithms.
+
+Shapes: B responses, P prompt tokens (left-padded), T response tokens, N valid response tokens, H hidden, V vocabulary.
+Everything of the RL part is aligned to the response, [B, T].
+
+Papers: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2015 (1506.02438); RLHF with a KL penalty,
+Ziegler et al. 2019 (1909.08593); KL estimators, Schulman 2020 (joschu.net/blog/kl-approx.html).
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The mathematics: pure functions of tensors. Each can be copied out alone.
+#    A mask is boolean, True on valid tokens. Masked cells may hold anything, NaN too, and change nothing: torch.where
+#    selects where a multiplication would let NaN through.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def response_mask(responses: Tensor, stop_ids: list[int]) -> Tensor:  # [B, T] -> [B, T] bool
+    """True on the reply: every token up to and including the first stop token, or all T if there is none.
+
+    Never derived from `token != pad`: the pad token may equal EOS, and content may equal pad.
+    """
+    stop = torch.isin(responses, torch.tensor(stop_ids, dtype=responses.dtype, device=responses.device)).long()
+    return stop.cumsum(1) - stop == 0  # no stop token strictly before this one
+
+
+def masked_mean(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:  # [B, T], [B, T] -> []
+    """Mean over the valid cells, 0 if there are none.
+
+    weights [B, T] replaces the uniform 1/N: the losses are then sums of weighted tokens. Weights that sum to 1 over an
+    optimizer step make its gradient the same however the step is cut into micro-batches.
+    """
+    x = torch.where(mask, x, 0.0)
+    return x.sum() / mask.sum().clamp(min=1) if weights is None else (x * weights).sum()
+
+
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  # [B, T], [B, T] -> [B, T]
+    """Scale the valid cells to variance 1 and, if shift_mean, shift them to mean 0. Masked cells become 0.
+
+    The variance is the population's; with the 1e-8 below the root, one cell or equal cells give 0 and not NaN.
+    shift_mean=False keeps the mean, as OpenAI's lm-human-preferences does for rewards (their sign carries meaning).
+    """
+    mean = masked_mean(x, mask)
+    centered = torch.where(mask, x - mean, 0.0)
+    whitened = centered * torch.rsqrt(masked_mean(centered**2, mask) + 1e-8)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
+
+
+def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:  # [..., V], [...] -> [...]
+    """log π(token) in nats. The temperature is part of the policy: it is the one that the tokens were sampled with."""
+    return F.log_softmax(logits / temperature, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:  # [..., V] -> [...]
+    """Entropy of the next-token distribution, in nats: 0 when it is certain, log V when it is uniform."""
+    logprobs = F.log_softmax(logits / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:  # [B, T], [B, T] -> [B, T]
+    """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (joschu.net/blog/kl-approx).
+
+    With d = log π - log π_ref at the sampled token: k1 = d, unbiased, a single one may be negative; k2 = d²/2, biased
+    but never negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of the
+    true KL. As a loss term, differentiated, k2 does so (on policy), k1 has expected gradient 0 and k3 that of KL(ref ‖ policy).
+    """
+    d = logprobs - ref_logprobs
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d**2 / 2
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"unknown KL estimator {kind!r}: expected k1, k2 or k3")
+
+
+def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
+    """The next β of the proportional controller of Ziegler et al. 2019, section 2.2: up when KL is above its target.
+
+    kl and target are in nats a reply. The relative error is clipped to ±0.2, so that `horizon` episodes spent far from
+    the target change β by about a fifth.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:  # [B], [B, T], [B, T] -> [B, T]
+    """Reward of each token: -β·KL_t, plus the score on the last response token (Ziegler et al. 2019, eq. 2)."""
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(last, scores.unsqueeze(1), 0.0)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95,
+        bootstrap: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, T], [B, T], [B, T] -> [B, T], [B, T]
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16; PPO eq. 11-12), backwards in time:
+
+        δ_t = r_t + γ·V_{t+1} - V_t          A_t = δ_t + γλ·A_{t+1}          return_t = A_t + V_t
+
+    values[:, t] is V of the state before token t. After the last token V is `bootstrap` [B]: 0 for a reply that ended
+    (the default), V of the cut-off state for one that the length budget stopped. Masked cells of both results are 0.
+    """
+    next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
+    next_advantage = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = next_advantage
+    advantages = torch.where(mask, advantages, 0.0)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float = 0.2,
+                cliprange_high: float | None = None, dual_clip: float | None = None,
+                weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:  # [B, T] each -> [], stats
+    """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
+
+    cliprange_high: upper ε, if it differs from the lower (clip-higher, DAPO, arXiv 2503.14476).
+    dual_clip: c > 1 bounds the loss from below at cA where A < 0, however large ρ is (arXiv 1912.09729).
+    stats: means over valid tokens of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
+    """
+    log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)
+    ratio = log_ratio.exp()
+    advantages = torch.where(mask, advantages, 0.0)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high)) * advantages
+    surrogate = torch.minimum(unclipped, clipped)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    with torch.no_grad():
+        stats = {"policy/approxkl": masked_mean(kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3"), mask),
+                 "policy/clipfrac": masked_mean((clipped < unclipped).to(ratio.dtype), mask),
+                 "policy/ratio": masked_mean(ratio, mask)}
+    return -masked_mean(surrogate, mask, weights), stats
+
+
+def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float | None = 0.2,
+               weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:  # [B, T] each -> [], stats
+    """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
+
+    The clip is not in the PPO paper; it is that of openai/baselines (ppo2). stats: the share of tokens where it binds.
+    """
+    new_values, values, returns = (torch.where(mask, x, 0.0) for x in (new_values, values, returns))
+    error = clipped_error = (new_values - returns) ** 2
+    if cliprange_value is not None:
+        clipped_error = (values + (new_values - values).clamp(-cliprange_value, cliprange_value) - returns) ** 2
+    with torch.no_grad():
+        stats = {"val/clipfrac": masked_mean((clipped_error > error).to(error.dtype), mask)}
+    return 0.5 * masked_mean(torch.maximum(error, clipped_error), mask, weights), stats
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. The data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """The replies of one update and all that is known about them, on the CPU: micro-batches go to the device one at a time."""
+    queries: Tensor  # [B, P] int, prompt tokens, left-padded
+    query_mask: Tensor  # [B, P] bool, False on that padding
+    responses: Tensor  # [B, T] int, sampled tokens, right-padded
+    mask: Tensor  # [B, T] bool, the response mask
+    ended: Tensor  # [B] bool, whether a stop token ended the reply, and not the length budget
+    sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, only compared with `logprobs`
+    logprobs: Tensor | None = None  # [B, T] log π_old of each token, frozen
+    ref_logprobs: Tensor | None = None  # [B, T] the same under the reference
+    values: Tensor | None = None  # [B, T] V_old of the state before each token, frozen
+    final_values: Tensor | None = None  # [B] V_old of the state after the last token
+    advantages: Tensor | None = None  # [B, T]
+    returns: Tensor | None = None  # [B, T] what the value head is regressed on
+    weights: Tensor | None = None  # [B, T] share of each token in the losses of its optimizer step
+    valid: Tensor | None = None  # [N] where the mask is True in the flattened [B, T]; made by `rows`
+
+    def rows(self, index: Tensor, device: torch.device | str = "cpu") -> Rollout:
+        """The replies `index` on the device, trimmed to the longest prompt and the longest reply among them."""
+        prompt, reply = (int(mask[index].sum(1).max()) for mask in (self.query_mask, self.mask))
+        cut = {"queries": (..., slice(-prompt, None)), "query_mask": (..., slice(-prompt, None)), "final_values": ..., "ended": ...}
+        part = {name: x[index][cut.get(name, (..., slice(reply)))] for name, x in vars(self).items() if x is not None}
+        part["valid"] = part["mask"].flatten().nonzero().squeeze(1)  # here and not on the device: no synchronisation
+        if torch.device(device).type == "cuda":
+            part = {name: x.pin_memory() for name, x in part.items()}
+        return Rollout(**{name: x.to(device, non_blocking=True) for name, x in part.items()})
+
+    def micro_batches(self, index: Tensor, size: int) -> list[Tensor]:
+        """Cut the replies `index` into groups of at most `size`, of like length, so that little padding is computed."""
+        length = self.query_mask.sum(1) + self.mask.sum(1)
+        return list(index[length[index].argsort(stable=True)].split(size))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The actor with its value head
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Actor(nn.Module):
+    """A Hugging Face causal language model as the policy, and a linear value head on its last hidden states.
+
+    The trunk (`lm.base_model`) and the vocabulary head are called apart, so that logits are computed only where a
+    response token is predicted. A model whose logits are not head(trunk(x)) is refused, see the check at the end.
+    """
+
+    def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.lm, self.dtype = lm.eval(), dtype  # eval for good: with dropout the first ratio would not be 1
+        config = lm.config
+        self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        weight = lm.get_output_embeddings().weight  # [V, H]
+        self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        nn.init.zeros_(self.value_head.weight)  # V = 0 at the start: the first advantages are plain returns
+        nn.init.zeros_(self.value_head.bias)
+        with torch.no_grad():
+            ids = torch.arange(6, device=weight.device).view(2, 3) % len(weight)
+            ours, own = self.logits(self.trunk(ids, torch.ones_like(ids))), lm(input_ids=ids).logits.float()
+        if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * own.std().item()):
+            raise ValueError(f"{type(lm).__name__} cannot be trained here: its logits are not a scaled or soft-capped linear "
+                             "map of its base model's last hidden state; use another kind of model")
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def trunk(self, ids: Tensor, attention: Tensor, cache=None) -> Tensor:  # [b, L], [b, cached + L] -> [b, L, H]
+        """Last hidden states. Positions count real tokens only: left padding must not shift them."""
+        positions = (attention.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        with self.autocast():
+            return self.lm.base_model(input_ids=ids, attention_mask=attention.long(), position_ids=positions,
+                                      past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+    def logits(self, states: Tensor) -> Tensor:  # [..., H] -> [..., V], at least float32
+        with self.autocast():
+            logits = self.lm.get_output_embeddings()(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def states(self, batch: Rollout) -> Tensor:  # -> [b, T + 1, H]
+        """State t is the one that predicts response token t, state T follows the last token. The only shift in this file."""
+        ids = torch.cat([batch.queries, batch.responses], 1)
+        attention = torch.cat([batch.query_mask, torch.ones_like(batch.mask)], 1)  # what follows a reply is never looked at
+        return self.trunk(ids, attention)[:, batch.queries.shape[1] - 1:]
+
+    def values(self, states: Tensor) -> Tensor:  # [b, T + 1, H] -> [b, T + 1]
+        return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+
+    def logprobs(self, states: Tensor, batch: Rollout, temperature: float) -> tuple[Tensor, Tensor]:  # -> [b, T], [b, T]
+        """log π of the response tokens and the entropy of π at each; 0 where the mask is False.
+
+        Vocabulary rows are computed for valid tokens only, in chunks. More than one chunk is recomputed in the backward
+        pass: memory holds the logits of one chunk, never [B, T, V].
+        """
+        packed = states[:, :-1].flatten(0, 1)[batch.valid]  # [N, H]
+        tokens = batch.responses.flatten()[batch.valid]  # [N]
+        size = max(1, LOGITS_AT_ONCE // self.lm.get_output_embeddings().weight.shape[0])
+
+        def head(packed: Tensor, tokens: Tensor) -> Tensor:  # [n, H], [n] -> [2, n]
+            logits = self.logits(packed)
+            return torch.stack([logprobs_from_logits(logits, tokens, temperature), entropy_from_logits(logits, temperature)])
+
+        if len(packed) <= size:
+            both = head(packed, tokens)
+        else:
+            both = torch.cat([checkpoint(head, *chunk, use_reentrant=False)
+                              for chunk in zip(packed.split(size), tokens.split(size))], 1)
+        return tuple(x.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in both)
+
+
+LOGITS_AT_ONCE = 2**26  # vocabulary logits alive at a time: 256 MB in float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The rollout: generate, evaluate, credit
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length: int, temperature: float,
+             stop_ids: list[int], pad_id: int) -> Rollout:  # [B, P], [B, P] -> the first six fields
+    """Sample a reply to each prompt, token by token with the KV cache, from the whole distribution at `temperature`.
+
+    Every few tokens the host asks which replies have stopped (its only synchronisation with the device) and drops them
+    from the batch once they are many.
+    """
+    from transformers import DynamicCache
+
+    B, P = queries.shape
+    responses = torch.full((B, response_length), pad_id, device=actor.device)
+    logprobs = torch.zeros((B, response_length), device=actor.device)
+    stop = torch.tensor(stop_ids, dtype=torch.long, device=actor.device)
+    alive = torch.arange(B, device=actor.device)  # rows still being written
+    stopped = torch.zeros(B, dtype=torch.bool, device=actor.device)
+    attention = torch.cat([query_mask, torch.ones(B, response_length, dtype=torch.bool)], 1).to(actor.device)
+    ids, cache = queries.to(actor.device), DynamicCache(config=actor.lm.config)
+    for t in range(response_length):
+        states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
+        distribution = F.log_softmax(actor.logits(states) / temperature, dim=-1)  # [b, V]
+        ids = torch.multinomial(distribution.exp(), 1)  # [b, 1]
+        responses[alive, t] = ids.squeeze(1)
+        logprobs[alive, t] = distribution.gather(1, ids).squeeze(1).to(logprobs.dtype)
+        stopped |= torch.isin(ids.squeeze(1), stop)
+        if t % 4 == 3:
+            going = (~stopped).nonzero().squeeze(1)
+            if len(going) == 0:
+                break
+            if len(going) < 0.75 * len(alive):
+                alive, attention, ids, stopped = alive[going], attention[going], ids[going], stopped[going]
+                cache.batch_select_indices(going)
+    responses = responses.cpu()
+    mask = response_mask(responses, stop_ids)
+    ended = (torch.isin(responses, stop.cpu()) & mask).any(1)
+    return Rollout(queries, query_mask, responses.masked_fill(~mask, pad_id), mask, ended, logprobs.cpu().where(mask, 0.0))
+
+
+@torch.inference_mode()
+def evaluate(actor: Actor, ref: Actor, rollout: Rollout, temperature: float, micro_batch_size: int) -> None:
+    """Fill in log-probabilities and values of every response token, by the same forward that training uses."""
+    B, T = rollout.mask.shape
+    kind = dict(dtype=actor.value_head.weight.dtype)
+    rollout.logprobs, rollout.ref_logprobs, rollout.values = torch.zeros(3, B, T, **kind)
+    rollout.final_values = torch.zeros(B, **kind)
+    for rows in rollout.micro_batches(torch.arange(B), micro_batch_size):
+        batch = rollout.rows(rows, actor.device)
+        states = actor.states(batch)
+        logprobs, _ = actor.logprobs(states, batch, temperature)
+        ref_logprobs, _ = ref.logprobs(ref.states(batch), batch, temperature)
+        values = actor.values(states)  # [b, t + 1]
+        t = logprobs.shape[1]
+        for name, x in dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values[:, :-1]).items():
+            getattr(rollout, name)[rows, :t] = x.to(**kind).cpu()
+        rollout.final_values[rows] = values.gather(1, batch.mask.sum(1, keepdim=True)).squeeze(1).cpu()
+
+
+def credit(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: Config) -> None:  # scores [B]
+    """Fill in advantages and returns: score and KL to token rewards, GAE, whitening over the whole batch."""
+    mask = rollout.mask
+    if cfg.missing_eos_penalty is not None:
+        scores = scores - cfg.missing_eos_penalty * ~rollout.ended
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
+    rewards = token_rewards(scores, kl, mask, kl_coef if cfg.kl_in == "reward" else 0.0)
+    if cfg.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    bootstrap = rollout.final_values.where(~rollout.ended, 0.0) if cfg.bootstrap_truncated else None
+    rollout.advantages, rollout.returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam, bootstrap)
+    if cfg.critic_lam is not None:  # the critic may look further ahead than the policy (VC-PPO, arXiv 2503.01491)
+        _, rollout.returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.critic_lam, bootstrap)
+    if cfg.whiten_advantages:
+        rollout.advantages = masked_whiten(rollout.advantages, mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. The PPO update
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
+             critic_only: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO eq. 9, negated, on one micro-batch: clipped surrogate + c1 value loss - c2 entropy (+ β KL, eq. 8, on request)."""
+    mask, weights = batch.mask, batch.weights
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_only):
+        states = actor.states(batch)
+    vf_loss, stats = value_loss(actor.values(states)[:, :-1], batch.values, batch.returns, mask, cfg.cliprange_value, weights)
+    loss, share = cfg.vf_coef * vf_loss, weights.sum()  # share of this micro-batch in the optimizer step
+    stats["loss/value"] = vf_loss.detach() / share
+    if critic_only:
+        return loss, stats
+    new_logprobs, entropy = actor.logprobs(states, batch, cfg.temperature)
+    pg_loss, pg_stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, cfg.cliprange, cfg.cliprange_high,
+                                    cfg.dual_clip, weights)
+    loss = loss + pg_loss - cfg.ent_coef * masked_mean(entropy, mask, weights)
+    if cfg.kl_in == "loss":
+        loss = loss + kl_coef * masked_mean(kl_estimate(new_logprobs, batch.ref_logprobs, cfg.kl_estimator), mask, weights)
+    return loss, stats | pg_stats | {"loss/policy": pg_loss.detach() / share, "policy/entropy": masked_mean(entropy.detach(), mask)}
+
+
+def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout, kl_coef: float, cfg: Config,
+               critic_only: bool = False) -> dict[str, float]:
+    """Several epochs of shuffled minibatches, an optimizer step each. Returns metrics averaged over all their valid tokens."""
+    totals, tokens, norms = defaultdict(float), 0, []
+    rollout.weights = torch.zeros_like(rollout.advantages)
+    epochs = [torch.randperm(len(rollout.mask)).chunk(cfg.num_mini_batches) for _ in range(cfg.num_ppo_epochs)]
+    for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:
+        mask = rollout.mask[minibatch]
+        if cfg.loss_aggregation == "token":  # every token of the step counts the same (DAPO, arXiv 2503.14476)
+            rollout.weights[minibatch] = mask / mask.sum()
+        else:  # every reply counts the same, its tokens share its part
+            rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
+        optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
+        approxkl = 0.0
+        for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch)):
+            batch = rollout.rows(rows, actor.device)
+            loss, stats = ppo_loss(actor, batch, kl_coef, cfg, critic_only)
+            loss.backward()
+            for name, x in stats.items():
+                totals[name] += x * len(batch.valid)
+            approxkl += stats.get("policy/approxkl", 0.0) * len(batch.valid) / mask.sum()
+            tokens += len(batch.valid)
+        if cfg.target_kl is not None and approxkl > cfg.target_kl:
+            break
+        norms.append(nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm or math.inf))
+        optimizer.step()
+    metrics = {name: float(total) / tokens for name, total in totals.items()}
+    return metrics | {"policy/grad_norm": float(sum(norms)) / max(1, len(norms)), "policy/steps": len(norms)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Prompts and rewards
+# ----------------------------------------------------------------------------------------------------------------------
+
+Reward = Callable[..., list[float]]  # f(prompts, completions, **columns), as in TRL's GRPOTrainer
+
+
+class UsageError(ValueError):
+    """Something the user can put right: told in one line, exit status 2."""
+
+
+def load_prompts(path: str) -> list[dict]:
+    """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt."""
+    rows = []
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as e:
+        raise UsageError(f"cannot read the prompts {path}: {e.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode()
+            if not text.strip():
+                continue
+            row = json.loads(text) if path.endswith(".jsonl") else {"prompt": text}
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+                raise ValueError('expected an object with a non-empty string "prompt"')
+        except ValueError as e:
+            raise UsageError(f"{path}, line {number}: {e}") from None
+        rows.append(row)
+    if not rows:
+        raise UsageError(f"{path} holds no prompts")
+    return rows
+
+
+def load_reward(spec: str) -> Reward:
+    """The function that `path/to/file.py:function` names."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"--reward {spec}: expected FILE.py:FUNCTION with a file that exists")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UsageError(f"--reward {spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def tokenize(tokenizer, prompts: list[str], pad_id: int) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
+    """Left-padded prompts and their mask, from lengths: the pad token may be any."""
+    rows = tokenizer(prompts)["input_ids"]
+    width = max(map(len, rows))
+    mask = torch.arange(width) >= width - torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return torch.tensor([[pad_id] * (width - len(row)) + row for row in rows]), mask
+
+
+def judge(rewards: dict[str, Reward], rows: list[dict], completions: list[str], completion_ids: list[list[int]]) -> dict[str, Tensor]:
+    """What each reward function says of each reply: {name: [B]}."""
+    columns = {key: [row.get(key) for row in rows] for key in rows[0]}
+    prompts = columns.pop("prompt")
+    judged = {}
+    for name, reward in rewards.items():
+        scores = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        if len(scores) != len(completions) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in scores):
+            raise RuntimeError(f"reward {name}: expected {len(completions)} finite numbers, one a completion, got {scores!r:.200}")
+        judged[name] = torch.tensor(scores, dtype=torch.float32)
+    return judged
+
+
+# ------------------------------------------------------------------- the embedded demo: delete it, and a trainer is left
+
+GOOD = "superb moving charming funny clever".split()
+BAD = "dull clumsy boring weak bland".split()
+NOUNS = "plot acting music script cast ending dialogue".split()
+VERBS = "was felt seemed".split()
+ADVERBS = "rather very".split()
+LINKS = "and but".split()
+CLAUSE = f"the ({'|'.join(NOUNS)}) ({'|'.join(VERBS)})( ({'|'.join(ADVERBS)}))? ({'|'.join(GOOD + BAD)})"
+REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
+DEMO = dict(num_updates=28, response_length=24, learning_rate=1e-3, lr_scheduler_type="linear", kl_coef=0.2, missing_eos_penalty=2.0, reward_weights=(1.0, 0.0))
+
+
+def sentiment(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """Positive words less negative words in each reply."""
+    return [float(sum((word in GOOD) - (word in BAD) for word in text.split())) for text in completions]
+
+
+def fluency(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """1 if the grammar parses the whole review. Measured with weight 0, never rewarded: it shows reward hacking."""
+    return [float(bool(REVIEW.fullmatch(f"{prompt} {text}"))) for prompt, text in zip(prompts, completions)]
+
+
+def demo_task(seed: int, device: torch.device, steps: int = 110):
+    """A small Llama trained from nothing on film reviews from the grammar: (model, tokenizer, prompts, held-out prompts, rewards)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tqdm import tqdm
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "the", ".", *NOUNS, *VERBS, *ADVERBS, *LINKS, *GOOD, *BAD]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    lm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.05, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)).to(device)
+
+    rng = random.Random(seed)
+
+    def clause() -> str:
+        adverb = [rng.choice(ADVERBS)] if rng.random() < 0.5 else []
+        return " ".join(["the", rng.choice(NOUNS), rng.choice(VERBS), *adverb, rng.choice(GOOD + BAD)])
+
+    def review() -> str:
+        text = clause()
+        while rng.random() < 0.3:
+            text += f" {rng.choice(LINKS)} {clause()}"
+        return f"{text} . </s>"
+
+    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95))
+    for step in tqdm(range(steps), desc="language model", dynamic_ncols=True, leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = 1.5e-2 * min(1, (step + 1) / 10) * (1 - step / steps)
+        texts = [" <s> ".join(review() for _ in range(5)) for _ in range(32)]  # at least 7 tokens each
+        ids = tokenizer(texts, truncation=True, max_length=32, return_tensors="pt")["input_ids"].to(device)
+        lm(input_ids=ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    openings = [f"the {noun} {verb}" for noun in NOUNS for verb in VERBS]
+    openings += [f"the {noun} {verb} {adjective} but the {other} {verb}" for noun, other in zip(NOUNS, NOUNS[1:])
+                 for verb in VERBS for adjective in (GOOD[0], BAD[0])]
+    random.Random(0).shuffle(openings)
+    rows = [{"prompt": prompt} for prompt in openings]
+    return lm, tokenizer, rows[16:], rows[:16], [sentiment, fluency]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. The configuration
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """PPO for language models in one file. Without --model, runs the embedded demo, with the defaults that stand here.
+
+    Names are those of TRL's PPOConfig where the thing is the same. An "update" is one batch of replies and the PPO
+    epochs on it.
+    """
+    # The task.
+    model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
+    prompts: str | None = None  # file of prompts: .txt, one a line, or .jsonl, rows with "prompt" and columns for the reward
+    eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, one or more, called f(prompts, completions, **columns) -> list of floats
+    reward_weights: tuple[float, ...] | None = None  # weight of each reward in the score; 0 only measures; None: all 1
+
+    # Where and how it runs.
+    name: str | None = None  # the run is written to RUNS_DIR/NAME; None: time and task
+    runs_dir: str = "runs"  # folder of the runs
+    seed: int = 1  # of everything: same seed, same run
+    device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay as loaded; auto: bfloat16 on CUDA
+
+    # Rollout.
+    num_updates: int = 100  # updates in all
+    batch_size: int = 128  # replies an update, B
+    response_length: int = 64  # longest reply, in tokens, T
+    temperature: float = 1.0  # of the policy, in sampling and in every log-probability
+    stop_token: str | None = None  # one more token that ends a reply; None: the model's EOS tokens only
+    missing_eos_penalty: float | None = None  # taken from the score of a reply without a stop token; None: nothing is
+
+    # KL penalty (Ziegler et al. 2019).
+    kl_coef: float = 0.05  # β, weight of the KL to the initial model, score units per nat
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = d, k2 = d²/2, k3 = e^-d - 1 + d, where d = log π - log π_ref
+    kl_in: Literal["reward", "loss"] = "reward"  # where β·KL goes: off the reward of each token, or into the loss
+    kl_target: float | None = None  # KL, nats a reply, that an adaptive β aims at; None: β is fixed
+    kl_horizon: float = 10000.0  # episodes over which the adaptive β moves by about a fifth
+
+    # Advantages.
+    gamma: float = 1.0  # γ, discount per token, in [0, 1]
+    lam: float = 0.95  # λ of GAE, in [0, 1]: 0 trusts the critic, 1 the returns
+    critic_lam: float | None = None  # λ of the critic's targets (VC-PPO); None: the same λ
+    whiten_rewards: bool = False  # scale token rewards to variance 1, keeping their mean
+    whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the whole batch
+    bootstrap_truncated: bool = False  # a reply cut off by its length counts V after it, instead of 0
+
+    # Update.
+    num_ppo_epochs: int = 4  # passes over each batch
+    num_mini_batches: int = 4  # optimizer steps a pass
+    micro_batch_size: int | None = None  # replies in memory at a time; changes no gradient; None: the whole minibatch
+    learning_rate: float = 1e-5  # of AdamW, at its highest
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay over the updates, to 0
+    warmup_updates: int = 0  # updates of linear learning-rate warm-up
+    max_grad_norm: float | None = 1.0  # gradient clipping; None: off
+    cliprange: float = 0.2  # ε of the ratio
+    cliprange_high: float | None = None  # upper ε, if larger (clip-higher, DAPO); None: the same ε
+    dual_clip: float | None = None  # c > 1, bound on the loss of negative advantages (arXiv 1912.09729); None: off
+    cliprange_value: float | None = 0.2  # ε of the value clip; None: off
+    vf_coef: float = 0.1  # c1, weight of the value loss
+    ent_coef: float = 0.0  # c2, weight of the entropy bonus
+    loss_aggregation: Literal["token", "sequence"] = "token"  # each token, or each reply, weighs the same in a step
+    target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
+    critic_warmup_updates: int = 0  # first updates, in which only the value head is trained
+
+    def check(self) -> None:
+        """Raise UsageError for the first setting that cannot be."""
+        def need(ok: bool, flag: str, expected: str) -> None:
+            if not ok:
+                raise UsageError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected {expected}")
+
+        for flag in ("num_updates", "batch_size", "response_length", "num_ppo_epochs", "num_mini_batches", "micro_batch_size"):
+            need(getattr(self, flag) is None or getattr(self, flag) >= 1, flag, "1 or more")
+        for flag in ("gamma", "lam", "critic_lam"):
+            need(getattr(self, flag) is None or 0 <= getattr(self, flag) <= 1, flag, "a number in [0, 1]")
+        for flag in ("temperature", "learning_rate", "kl_target", "kl_horizon", "max_grad_norm", "cliprange_value", "target_kl"):
+            need(getattr(self, flag) is None or 0 < getattr(self, flag) < math.inf, flag, "a number above 0")
+        for flag in ("kl_coef", "vf_coef", "ent_coef", "missing_eos_penalty", "warmup_updates", "critic_warmup_updates", "seed"):
+            need(getattr(self, flag) is None or 0 <= getattr(self, flag) < math.inf, flag, "0 or more")
+        need(0 < self.cliprange < 1, "cliprange", "a number between 0 and 1")
+        need(self.cliprange_high is None or 0 < self.cliprange_high < math.inf, "cliprange_high", "a number above 0")
+        need(self.dual_clip is None or 1 < self.dual_clip < math.inf, "dual_clip", "a number above 1")
+        need(self.batch_size % self.num_mini_batches == 0, "num_mini_batches", f"a divisor of --batch-size {self.batch_size}")
+        need(self.kl_target is None or self.kl_coef > 0, "kl_coef", "a number above 0 to start from, with --kl-target")
+        for flag in ("prompts", "eval_prompts"):
+            need(getattr(self, flag) is None or Path(getattr(self, flag)).is_file(), flag, "a file that exists")
+        need(self.name is None or re.fullmatch(r"[\w.+-]+", self.name) is not None, "name", "letters, digits and ._+- only")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """What is trained, and on what judgement."""
+    actor: Actor
+    ref: Actor  # the frozen initial policy
+    tokenizer: object
+    rewards: dict[str, Reward]  # by name
+    weights: tuple[float, ...]  # of each reward in the score
+    stop_ids: list[int]
+    pad_id: int
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str):
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
+
+
+def collect(task: Task, rows: list[dict], cfg: Config, seconds: dict[str, float]) -> tuple[Rollout, Tensor, dict[str, Tensor], list[str]]:
+    """Steps 1 to 3 of an update on prompts `rows`: (rollout, scores [B], what each reward said {name: [B]}, replies)."""
+    with timed(seconds, "generate"):
+        queries, query_mask = tokenize(task.tokenizer, [row["prompt"] for row in rows], task.pad_id)
+        rollout = generate(task.actor, queries, query_mask, cfg.response_length, cfg.temperature, task.stop_ids, task.pad_id)
+    with timed(seconds, "reward"):
+        ids = [response[mask].tolist() for response, mask in zip(rollout.responses, rollout.mask)]
+        replies = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        judged = judge(task.rewards, rows, replies, ids)
+        scores = sum(weight * judged[name] for weight, name in zip(task.weights, judged))
+    with timed(seconds, "evaluate"):
+        evaluate(task.actor, task.ref, rollout, cfg.temperature, cfg.micro_batch_size or cfg.batch_size // cfg.num_mini_batches)
+    return rollout, scores, judged, replies
+
+
+def evaluate_held_out(task: Task, rows: list[dict], cfg: Config) -> tuple[dict[str, Tensor], list[str]]:
+    """A batch of replies to held-out prompts, from the same seed each time: ({"score", "kl" and rewards: [n]}, replies)."""
+    if not rows:
+        return {}, []
+    reseed(cfg.seed)
+    rollout, scores, judged, replies = collect(task, rows * max(1, cfg.batch_size // len(rows)), cfg, defaultdict(float))
+    return {"score": scores, "kl": reply_kl(rollout), **judged}, replies
+
+
+def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
+    """Σ_t (log π - log π_ref) of each reply: k1, in nats. Of a single reply it may be negative, on average it is not."""
+    return torch.where(rollout.mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(1)
+
+
+def rollout_metrics(rollout: Rollout, scores: Tensor, judged: dict[str, Tensor], kl_coef: float) -> dict[str, float]:
+    """What the replies of an update were like: means over replies, or over valid tokens where the thing is a token's."""
+    mask, kl = rollout.mask, reply_kl(rollout)
+    unexplained, spread = (masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (rollout.returns - rollout.values, rollout.returns))
+    metrics = {
+        "objective/scores": scores.mean(), "objective/scores_std": scores.std(correction=0), "objective/kl": kl.mean(),
+        "objective/non_score_reward": -kl_coef * kl.mean(), "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
+        **{f"rewards/{name}": part.mean() for name, part in judged.items()},
+        "reply/length": mask.sum(1).float().mean(), "reply/ended": rollout.ended.float().mean(),
+        "policy/sampler_gap": masked_mean((rollout.logprobs - rollout.sampler_logprobs).abs(), mask),
+        "val/mean": masked_mean(rollout.values, mask), "val/explained_variance": 1 - unexplained / spread.clamp(min=1e-8)}
+    return {name: float(x) for name, x in metrics.items()}
+
+
+def learning_rate(update: int, cfg: Config) -> float:
+    """Linear warm-up, then the decay. `update` counts from 0."""
+    done = update / cfg.num_updates
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_scheduler_type]
+    return cfg.learning_rate * decay * min(1.0, (update + 1) / (cfg.warmup_updates + 1))
+
+
+def draw(rows: list[dict], start: int, count: int, seed: int) -> list[dict]:
+    """`count` prompts from position `start` of an endless stream that passes over the rows in a new order each time."""
+    epochs = range(start // len(rows), (start + count - 1) // len(rows) + 1)
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(rows, len(rows)) for epoch in epochs}
+    return [orders[i // len(rows)][i % len(rows)] for i in range(start, start + count)]
+
+
+def reseed(*parts: int) -> None:
+    """Seed Python, NumPy and torch from numbers such as (seed, update): there is no generator state to save for a resume."""
+    from transformers import set_seed
+
+    set_seed(random.Random(" ".join(map(str, parts))).getrandbits(32))
+
+
+def as_rows(prompts: list | None) -> list[dict]:
+    return [row if isinstance(row, dict) else {"prompt": row} for row in prompts or []]
+
+
+def load_model(name: str):
+    """A causal language model, its weights in float32, and its tokenizer, from a folder or the hub."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        raise UsageError(f"--model {name}: {str(e).splitlines()[0]}") from None
+
+
+def prepare(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward] | None = None, model: nn.Module | None = None,
+            tokenizer=None, eval_prompts: list | None = None) -> tuple[Task, list[dict], list[dict]]:
+    """The task, its prompts and its held-out prompts, all checked: what is wrong is told before anything is written."""
+    device = torch.device(cfg.device) if cfg.device != "auto" else torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    reseed(cfg.seed)
+    if model is None and cfg.model is None:
+        if cfg.prompts or cfg.reward or prompts or reward:
+            raise UsageError("prompts and rewards need a model: give --model too")
+        model, tokenizer, rows, held_out, rewards = demo_task(cfg.seed, device)
+    else:
+        rows = as_rows(prompts) or (load_prompts(cfg.prompts) if cfg.prompts else [])
+        held_out = as_rows(eval_prompts) or (load_prompts(cfg.eval_prompts) if cfg.eval_prompts else [])
+        rewards = [load_reward(spec) for spec in cfg.reward] if reward is None else [reward] if callable(reward) else reward
+        if not rows or not rewards:
+            raise UsageError("a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION")
+        if not held_out:
+            rows = random.Random(cfg.seed).sample(rows, len(rows))
+            share = min(64, len(rows) // 10)
+            held_out, rows = rows[:share], rows[share:]
+        if model is None:
+            model, tokenizer = load_model(cfg.model)
+    weights = (1.0,) * len(rewards) if cfg.reward_weights is None else cfg.reward_weights
+    if len(weights) != len(rewards):
+        raise UsageError(f"--reward-weights: expected {len(rewards)} of them, one a reward, got {len(weights)}")
+
+    eos = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    if cfg.stop_token is not None:
+        ids = tokenizer.encode(cfg.stop_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise UsageError(f"--stop-token {cfg.stop_token!r}: expected one token of this tokenizer, got {len(ids)}")
+        stop_ids.add(ids[0])
+    longest = max(len(ids) for ids in tokenizer([row["prompt"] for row in rows + held_out])["input_ids"])
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if longest + cfg.response_length > limit:
+        raise UsageError(f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and the longest "
+                         f"prompt has {longest}; shorten one of them")
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token does: masks come from lengths
+    actor = Actor(model.to(device), getattr(torch, dtype))
+    ref = copy.deepcopy(actor).requires_grad_(False)
+    named = {f.__name__ if i == 0 or f.__name__ != rewards[0].__name__ else f"{f.__name__}_{i}": f for i, f in enumerate(rewards)}
+    return Task(actor, ref, tokenizer, named, tuple(weights), sorted(stop_ids), pad_id), rows, held_out
+
+
+@contextlib.contextmanager
+def finish_on_signal():
+    """Yields a list to which the first Ctrl-C or SIGTERM is appended: stop after the update in hand. A second stops at once."""
+    asked = []
+
+    def ask(number: int, frame) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing the update in hand; once more to stop at once", file=sys.stderr)
+
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward] | None = None, model: nn.Module | None = None,
+          tokenizer=None, eval_prompts: list | None = None) -> Path:
+    """Run PPO and return the folder of the run. What is not passed comes from cfg or is the embedded demo.
+
+    prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
+    f(prompts, completions, **columns) -> list of floats. model, tokenizer: from transformers; the model is trained in place.
+    Raises UsageError, before anything is written, for what cannot be.
+    """
+    from tqdm import tqdm
+
+    seconds = defaultdict(float)
+    cfg.check()
+    kind = Path(cfg.model).name if cfg.model else "demo" if model is None else type(model).__name__
+    run = Path(cfg.runs_dir) / (cfg.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}")
+    if run.exists():
+        raise UsageError(f"{run} exists and is not overwritten: give another --name, or move it away")
+    print(f"PPO on {kind}: {cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens, "
+          f"written to {run}", flush=True)
+    with timed(seconds, "setup"):
+        task, rows, held_out = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
+    optimizer = torch.optim.AdamW(task.actor.parameters(), lr=cfg.learning_rate, eps=1e-5, weight_decay=0.0,
+                                  fused=task.actor.device.type in ("cpu", "cuda"))
+    run.mkdir(parents=True)
+    write_config(run, cfg, task.actor)
+    board = tensorboard(run)
+    with timed(seconds, "held-out"):
+        before = evaluate_held_out(task, held_out, cfg)
+    record(run, board, {"update": 0} | eval_metrics(before[0]))
+
+    after, kl_coef, history = ({}, []), cfg.kl_coef, []
+    with finish_on_signal() as asked, tqdm(total=cfg.num_updates, dynamic_ncols=True, bar_format=BAR) as bar:
+        for update in range(cfg.num_updates):
+            reseed(cfg.seed, update)
+            spent = defaultdict(float)
+            batch = draw(rows, update * cfg.batch_size, cfg.batch_size, cfg.seed)
+            rollout, scores, judged, replies = collect(task, batch, cfg, spent)
+            credit(rollout, scores, kl_coef, cfg)
+            optimizer.param_groups[0]["lr"] = learning_rate(update, cfg)
+            with timed(spent, "update"):
+                stats = ppo_update(task.actor, optimizer, rollout, kl_coef, cfg, critic_only=update < cfg.critic_warmup_updates)
+
+            metrics = {"update": update + 1, "episode": (update + 1) * cfg.batch_size, "lr": learning_rate(update, cfg),
+                       "kl_coef": kl_coef, **rollout_metrics(rollout, scores, judged, kl_coef), **stats,
+                       "tokens_per_second": int(rollout.mask.sum()) / sum(spent.values()),
+                       **{f"time/{name}": x for name, x in spent.items()}}
+            if update + 1 == cfg.num_updates:
+                with timed(spent, "held-out"):
+                    after = evaluate_held_out(task, held_out, cfg)
+                metrics |= eval_metrics(after[0])
+            record(run, board, metrics)
+            for prompt, reply, score, kl in list(zip(batch, replies, scores, reply_kl(rollout)))[:4]:
+                append(run / "samples.jsonl", {"update": update + 1, **prompt, "reply": reply, "score": float(score), "kl": float(kl)})
+            history.append(metrics)
+            for name, x in spent.items():
+                seconds[name] += x
+            bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}, "
+                                f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
+            bar.update()
+            if cfg.kl_target is not None:
+                kl_coef = adaptive_kl_coef(kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
+            if asked:
+                break
+    task.actor.lm.save_pretrained(run / "policy")
+    task.tokenizer.save_pretrained(run / "policy")
+    write_curves(run / "curves.svg", history)
+    report(run, held_out, before, after, history, seconds)
+    if asked:
+        raise KeyboardInterrupt
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. What a run leaves, and the command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def eval_metrics(result: dict[str, Tensor]) -> dict[str, float]:
+    """Mean and standard error over the held-out replies."""
+    means = {f"eval/{name}": float(x.mean()) for name, x in result.items()}
+    return means | {f"eval/{name}_se": float(x.std() / len(x) ** 0.5) for name, x in result.items() if len(x) > 1}
+
+
+def append(path: Path, row: dict) -> None:
+    with open(path, "a") as f:
+        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def record(run: Path, board, metrics: dict[str, float]) -> None:
+    append(run / "metrics.jsonl", metrics)
+    if board is not None:
+        for name, x in metrics.items():
+            board.add_scalar(name, x, metrics["update"])
+
+
+def tensorboard(run: Path):
+    """A writer of TensorBoard events where tensorboard is installed, else None."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run)
+
+
+def write_config(run: Path, cfg: Config, actor: Actor) -> None:
+    """All that is needed to run it again."""
+    import transformers
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
+    about = {"config": dataclasses.asdict(cfg), "command": sys.argv, "git_commit": git.stdout.strip() if git else "",
+             "device": str(actor.device), "dtype": str(actor.dtype), "parameters": sum(p.numel() for p in actor.parameters()),
+             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}
+    (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_curves(path: Path, history: list[dict]) -> None:
+    """The learning curves as a picture: a panel each for the score, the KL, and every reward if there are several."""
+    names = ["objective/scores", "objective/kl"] + [name for name in history[0] if name.startswith("rewards/")]
+    names = names if len(names) > 3 else names[:2]
+    panels = []
+    for i, name in enumerate(names):
+        ys = [row[name] for row in history]
+        low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1
+        points = " ".join(f"{20 + 200 * k / max(1, len(ys) - 1):.1f},{120 - 80 * (y - low) / (high - low):.1f}" for k, y in enumerate(ys))
+        panels.append(f'<g transform="translate({240 * i},0)"><text x="20" y="22" font-weight="bold">{name}</text>'
+                      f'<path d="M20 40V120H220" fill="none" stroke="#999"/><polyline points="{points}" fill="none" stroke="#06c" '
+                      f'stroke-width="2"/><text x="24" y="40">{high:.3g}</text><text x="24" y="116">{low:.3g}</text>'
+                      f'<text x="220" y="136" text-anchor="end">update {history[-1]["update"]}</text></g>')
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {240 * len(names)} 145" font-family="sans-serif" font-size="12">'
+                    f'<rect width="100%" height="100%" fill="#fff"/>{"".join(panels)}</svg>\n')
+
+
+def sparkline(ys: list[float], width: int = 40) -> str:
+    """The course of ys as one character each, averaged in groups where there are more than `width`."""
+    size = math.ceil(len(ys) / width)
+    ys = [sum(ys[i:i + size]) / len(ys[i:i + size]) for i in range(0, len(ys), size)]
+    low, high = min(ys), max(ys)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (y - low) / (high - low))] if high > low else "▁" for y in ys)
+
+
+def report(run: Path, held_out: list[dict], before, after, history: list[dict], seconds: dict[str, float]) -> None:
+    """What the terminal shows at the end."""
+    width = min(120, shutil.get_terminal_size().columns)
+    if after[1]:
+        print("\nHeld-out prompts, same seed:")
+        for row, old, new in list(zip(held_out, before[1], after[1]))[:4]:
+            print(textwrap.fill(row["prompt"], width, initial_indent="  ", subsequent_indent="  "))
+            for label, text in (("before", old), ("after", new)):
+                print(textwrap.fill(text, width, initial_indent=f"    {label:8}", subsequent_indent=" " * 12))
+        print(f"\nHeld-out evaluation ({len(after[1])} replies)  {'before':>16}  {'after':>16}")
+        for name in after[0]:
+            cells = [f"{float(x.mean()):.2f} ± {float(x.std() / len(x) ** 0.5):.2f}" for x in (before[0][name], after[0][name])]
+            print(f"  {name:32}  {cells[0]:>16}  {cells[1]:>16}")
+    print("\nLearning curves")
+    for label, name in (("score", "objective/scores"), ("KL, nats a reply", "objective/kl")):
+        ys = [row[name] for row in history]
+        print(f"  {label:18}{sparkline(ys)}  {ys[0]:.2f} → {ys[-1]:.2f}")
+    print(f"\nTime {sum(seconds.values()):.1f} s: " + ", ".join(f"{name} {x:.1f}" for name, x in seconds.items()))
+    print(f"\nLoad the policy   AutoModelForCausalLM.from_pretrained('{run}/policy')")
+    print(f"Open the curves   {run}/curves.svg, or: tensorboard --logdir {run.parent}")
+
+
+def parse(argv: list[str]) -> Config:
+    """The command line as a Config. What tyro refuses is told in one line."""
+    import tyro
+
+    defaults = Config() if any(arg.split("=")[0] == "--model" for arg in argv) else Config(**DEMO)
+    refused = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refused):
+            return tyro.cli(Config, args=argv, default=defaults)
+    except SystemExit as e:
+        lines = [line.strip("│ ") for line in refused.getvalue().splitlines()[1:-1]]
+        if e.code:
+            raise UsageError(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines)) + " (see --help)") from None
+        raise
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
+    try:
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        cfg.check()
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        train(cfg)
+    except UsageError as e:
+        print(f"ppo_llm.py: {e}", file=sys.stderr)
+        return 2
+    except RuntimeError as e:
+        print(f"ppo_llm.py: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
