@@ -1,0 +1,913 @@
+"""Facts about PPO that `ppo_llm.py` must keep: run `pytest`, or `pytest -m "not slow"` for the quick part.
+
+The sections mirror the source. Mathematics is tested in float64, on ragged batches whose padding holds NaN, inf and huge
+numbers, against brute force, theorems or values worked out by hand; errors are largest absolute differences.
+"""
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import strategies as st
+
+import ppo_llm as P
+from ppo_llm import Config, Rollout, UsageError
+
+settings.register_profile("ppo", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("ppo")
+HERE = Path(__file__).parent
+REAL = torch.float64
+number = st.floats(-4, 4).map(lambda x: round(x, 3))
+positive = st.floats(0.05, 4).map(lambda x: round(x, 3))
+fraction = st.floats(0, 1).map(lambda x: round(x, 3))
+
+
+@st.composite
+def masks(draw, shortest=0, holes=False):
+    """[B, T] response masks of ragged replies, with empty and full rows; on request any boolean pattern."""
+    T = draw(st.integers(1, 5))
+    if holes:
+        return torch.tensor(draw(st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=1, max_size=3)))
+    lengths = draw(st.lists(st.integers(min(shortest, T), T), min_size=1, max_size=3))
+    event("an empty row" if 0 in lengths else "a one-token reply" if 1 in lengths else "longer replies")
+    return torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
+
+
+def cells(draw, mask, elements=number, garbage=True):
+    """A tensor for the mask: drawn numbers on valid cells, garbage on the others."""
+    n = int(mask.sum())
+    x = torch.full(mask.shape, draw(st.sampled_from([math.nan, math.inf, -1e300])) if garbage else 0.0, dtype=REAL)
+    x[mask] = torch.tensor(draw(st.lists(elements, min_size=n, max_size=n)), dtype=REAL)
+    return x
+
+
+def far(x, y):
+    """Largest absolute difference; NaN anywhere is infinitely far."""
+    x, y = (torch.as_tensor(z, dtype=REAL) for z in (x, y))
+    assert x.shape == y.shape
+    return (x - y).abs().nan_to_num(math.inf).max().item() if x.numel() else 0.0
+
+
+def gradient(loss, x):
+    return torch.autograd.grad(loss, x)[0]
+
+
+# ---------------------------------------------------------------------------------------------------- 1. the mathematics
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 6), st.lists(st.integers(0, 3), max_size=2))
+def test_response_mask_is_a_naive_loop(data, B, T, stop_ids):
+    responses = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=T, max_size=T), min_size=B, max_size=B)))
+    mask = P.response_mask(responses, stop_ids)
+    for row, kept in zip(responses.tolist(), mask.tolist()):
+        stop = next((t for t, token in enumerate(row) if token in stop_ids), T - 1)
+        assert kept == [t <= stop for t in range(T)]
+
+
+@given(st.data(), masks(holes=True))
+def test_masked_mean_is_over_valid_cells_only(data, mask):
+    x, weights = cells(data.draw, mask), cells(data.draw, mask, positive, garbage=False)
+    valid = x[mask].tolist()
+    assert far(P.masked_mean(x, mask), sum(valid) / len(valid) if valid else 0.0) < 1e-12
+    assert far(P.masked_mean(x, mask, weights), sum(a * b for a, b in zip(valid, weights[mask].tolist()))) < 1e-12
+
+
+@given(st.data(), masks(holes=True), positive, number)
+def test_whitening_is_standard_and_affine_invariant(data, mask, scale, shift):
+    x = cells(data.draw, mask)
+    n, spread = int(mask.sum()), float(x[mask].var(correction=0)) if mask.any() else 0.0
+    white, kept = P.masked_whiten(x, mask), P.masked_whiten(x, mask, shift_mean=False)
+    event(f"{'0' if n == 0 else '1' if n == 1 else 'equal' if spread == 0 else 'differing'} cells")
+    assert white.isfinite().all() and kept.isfinite().all() and not white[~mask].any() and not kept[~mask].any()
+    if spread < 1e-6:
+        assert far(white, torch.zeros_like(x)) < 1e-3 or spread > 0  # 0, 1 or equal cells become 0
+        return
+    mean = x[mask].mean()
+    assert far(white[mask].mean(), 0) < 1e-10 and far(white[mask].var(correction=0), 1) < 2e-2
+    assert far(white[mask], (x[mask] - mean) / (spread + 1e-8) ** 0.5) < 1e-10
+    assert far(kept[mask], white[mask] + mean) < 1e-10
+    if spread > 0.01:
+        assert far(P.masked_whiten(scale * x + shift, mask), white) < 1e-2
+
+
+@given(st.lists(number, min_size=2, max_size=5), positive, number)
+def test_logprobs_and_entropy_from_logits(row, temperature, shift):
+    logits, tokens = torch.tensor(row, dtype=REAL), torch.arange(len(row))
+    logprobs = P.logprobs_from_logits(logits.expand(len(row), -1), tokens, temperature)
+    exps = [math.exp(x / temperature) for x in row]
+    assert far(logprobs, [math.log(e / sum(exps)) for e in exps]) < 1e-10
+    assert far(P.logprobs_from_logits((logits + shift).expand(len(row), -1), tokens, temperature), logprobs) < 1e-10
+    entropy = P.entropy_from_logits(logits, temperature)
+    assert far(entropy, -(logprobs.exp() * logprobs).sum()) < 1e-10
+    assert -1e-12 <= entropy <= math.log(len(row)) + 1e-12
+    assert far(P.entropy_from_logits(torch.full((len(row),), shift, dtype=REAL)), math.log(len(row))) < 1e-12
+    one = P.logprobs_from_logits(logits, torch.tensor(0))
+    assert far(one, math.log(math.exp(row[0]) / sum(map(math.exp, row)))) < 1e-10  # temperature 1 is the default
+    assert far(P.entropy_from_logits(logits), P.entropy_from_logits(logits, 1.0)) == 0
+
+
+@given(st.integers(2, 5), st.data())
+def test_kl_estimators_are_unbiased_by_enumeration(V, data):
+    """E over tokens from π: k1 and k3 give KL(π ‖ ref) exactly, k2 half the second moment; k2 and k3 are never negative."""
+    p, q = (torch.tensor(data.draw(st.lists(number, min_size=V, max_size=V)), dtype=REAL).log_softmax(0) for _ in range(2))
+    kl = sum(p[i].exp() * (p[i] - q[i]) for i in range(V))
+    expected = {kind: (p.exp() * P.kl_estimate(p, q, kind)).sum() for kind in ("k1", "k2", "k3")}
+    assert far(expected["k1"], kl) < 1e-12 and far(expected["k3"], kl) < 1e-12 and kl > -1e-12
+    assert far(expected["k2"], (p.exp() * (p - q) ** 2).sum() / 2) < 1e-12
+    assert (P.kl_estimate(p, q, "k2") >= 0).all() and (P.kl_estimate(p, q, "k3") >= -1e-15).all()
+    assert torch.equal(P.kl_estimate(p, q), P.kl_estimate(p, q, "k1"))
+
+
+def test_kl_gradients_as_the_docstring_says():
+    """As loss terms, on policy: k2 has the gradient of KL(π ‖ ref), k1 has expected gradient 0, k3 that of KL(ref ‖ π)."""
+    theta = torch.tensor([0.3, -0.7, 1.1], dtype=REAL, requires_grad=True)
+    ref = torch.tensor([-0.2, 0.5, 0.4], dtype=REAL).log_softmax(0)
+    p = theta.log_softmax(0)
+    reverse, forward = gradient((p.exp() * (p - ref)).sum(), theta), gradient((ref.exp() * (ref - theta.log_softmax(0))).sum(), theta)
+    of = {kind: gradient((theta.log_softmax(0).exp().detach() * P.kl_estimate(theta.log_softmax(0), ref, kind)).sum(), theta)
+          for kind in ("k1", "k2", "k3")}
+    assert far(of["k1"], torch.zeros(3)) < 1e-12 and far(of["k2"], reverse) < 1e-12 and far(of["k3"], forward) < 1e-12
+    with pytest.raises(ValueError, match="k4"):
+        P.kl_estimate(p, ref, "k4")
+
+
+def test_adaptive_kl_coef():
+    """β rests at the target, follows the sign of the error, in proportion up to 20%, and no faster."""
+    assert P.adaptive_kl_coef(0.2, 6.0, 6.0, 1000, 100) == 0.2
+    assert P.adaptive_kl_coef(0.2, 6.6, 6.0, 1000, 100) == pytest.approx(0.2 * (1 + 0.1 * 0.1), abs=1e-12)
+    assert P.adaptive_kl_coef(0.2, 60.0, 6.0, 1000, 100) == pytest.approx(0.2 * (1 + 0.2 * 0.1), abs=1e-12)
+    assert P.adaptive_kl_coef(0.2, -1.0, 6.0, 1000, 100) == pytest.approx(0.2 * (1 - 0.2 * 0.1), abs=1e-12)
+
+
+@given(st.data(), masks(holes=True), positive)
+def test_token_rewards_sum_to_score_less_kl(data, mask, kl_coef):
+    kl = cells(data.draw, mask)
+    scores = torch.tensor(data.draw(st.lists(number, min_size=len(mask), max_size=len(mask))), dtype=REAL)
+    rewards = P.token_rewards(scores, kl, mask, kl_coef)
+    for b, row in enumerate(mask):
+        where = row.nonzero().flatten().tolist()
+        expected = [-kl_coef * kl[b, t].item() if t in where else 0.0 for t in range(len(row))]
+        if where:
+            expected[where[-1]] += scores[b].item()
+        assert far(rewards[b], expected) < 1e-12
+
+
+def gae_by_definition(rewards, values, gamma, lam, bootstrap):
+    """A_t = Σ_l (γλ)^l δ_{t+l} of one reply, arXiv 1506.02438 eq. 16, in O(T²)."""
+    after = values[1:] + [bootstrap]
+    delta = [r + gamma * v1 - v for r, v, v1 in zip(rewards, values, after)]
+    return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(delta))) for t in range(len(delta))]
+
+
+@given(st.data(), masks(holes=True), fraction, fraction, st.booleans())
+def test_gae_is_its_definition(data, mask, gamma, lam, truncated):
+    """On the valid cells of each row, wherever they are; masked cells of the results are 0."""
+    rewards, values = cells(data.draw, mask), cells(data.draw, mask)
+    bootstrap = torch.tensor(data.draw(st.lists(number, min_size=len(mask), max_size=len(mask))), dtype=REAL) if truncated else None
+    advantages, returns = P.gae(rewards, values, mask, gamma, lam, bootstrap)
+    for b, row in enumerate(mask):
+        last = bootstrap[b].item() if truncated else 0.0
+        expected = gae_by_definition(rewards[b, row].tolist(), values[b, row].tolist(), gamma, lam, last)
+        assert far(advantages[b, row], expected) < 1e-10 and far(returns[b, row], torch.tensor(expected, dtype=REAL) + values[b, row]) < 1e-10
+    assert not advantages[~mask].any() and not returns[~mask].any()
+
+
+@given(st.data(), masks(shortest=1), fraction)
+def test_gae_at_its_ends(data, mask, gamma):
+    """λ = 0: the TD error. λ = 1: the discounted return less V. The defaults are γ = 1, λ = 0.95, nothing after the reply."""
+    rewards, values = cells(data.draw, mask), cells(data.draw, mask)
+    td, one = P.gae(rewards, values, mask, gamma, 0.0), P.gae(rewards, values, mask, gamma, 1.0)
+    for b, row in enumerate(mask):
+        r, v = rewards[b, row].tolist(), values[b, row].tolist()
+        assert far(td[0][b, row], [x + gamma * y - z for x, y, z in zip(r, v[1:] + [0], v)]) < 1e-12
+        assert far(one[1][b, row], [sum(gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))]) < 1e-10
+    assert far(P.gae(rewards, values, mask)[0], P.gae(rewards, values, mask, 1.0, 0.95, torch.zeros(len(mask)))[0]) == 0
+
+
+@given(st.data(), masks(), fraction, fraction, number)
+def test_gae_is_linear_and_blind_to_potential_shaping(data, mask, gamma, lam, scale):
+    """gae(ar + r', av + v') = a·gae(r, v) + gae(r', v'). Adding γΦ(s_{t+1}) - Φ(s_t) to the rewards and taking Φ from the
+    values leaves advantages as they are (Ng et al. 1999)."""
+    r, v, r2, v2, phi = (cells(data.draw, mask, garbage=False) for _ in range(5))
+    a, b = P.gae(r, v, mask, gamma, lam)[0], P.gae(r2, v2, mask, gamma, lam)[0]
+    assert far(P.gae(scale * r + r2, scale * v + v2, mask, gamma, lam)[0], scale * a + b) < 1e-9
+    after = torch.cat([phi[:, 1:], torch.zeros(len(phi), 1)], 1)
+    assert far(P.gae(r + gamma * after - phi, v - phi, mask, gamma, lam)[0], a) < 1e-9
+
+
+def surrogate(ratio, advantage, low, high, dual):
+    """PPO's objective for one token, in plain Python."""
+    x = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+    return max(x, dual * advantage) if dual is not None and advantage < 0 else x
+
+
+@given(st.data(), masks(holes=True), st.floats(0.05, 0.5), st.none() | st.floats(0.05, 0.9), st.none() | st.floats(1.1, 3))
+def test_policy_loss_by_brute_force(data, mask, low, high, dual):
+    """Loss, statistics and gradient token by token: the gradient is -ρA/N inside, exactly 0 where the clip is active."""
+    new, old, advantages = (cells(data.draw, mask) for _ in range(3))
+    old[mask] = new[mask] + old[mask] / 4  # ratios from e^-1 to e
+    new.requires_grad_()
+    loss, stats = P.policy_loss(new, old, advantages, mask, low, high, dual)
+    top, n = low if high is None else high, max(1, int(mask.sum()))
+    ratio, adv = (new - old)[mask].exp().tolist(), advantages[mask].tolist()
+    assert far(loss.detach(), -sum(surrogate(r, a, low, top, dual) for r, a in zip(ratio, adv)) / n) < 1e-10
+    assert far(stats["policy/ratio"], sum(ratio) / n) < 1e-10
+    assert far(stats["policy/approxkl"], sum(r - 1 - math.log(r) for r in ratio) / n) < 1e-10
+    clipped = [(r > 1 + top and a > 0) or (r < 1 - low and a < 0) for r, a in zip(ratio, adv)]
+    assert far(stats["policy/clipfrac"], sum(clipped) / n) < 1e-12
+    event("clipped" if any(clipped) else "not clipped")
+    flat = [c or (dual is not None and a < 0 and r > dual) for c, r, a in zip(clipped, ratio, adv)]
+    got = gradient(loss, new)
+    assert torch.equal(got[~mask], torch.zeros_like(got[~mask]))
+    assert far(got[mask], [0.0 if f else -r * a / n for f, r, a in zip(flat, ratio, adv)]) < 1e-10
+    assert all(g == 0 for g, f in zip(got[mask].tolist(), flat) if f)
+
+
+def test_policy_loss_worked_by_hand():
+    """ε = 0.2. ρ = 1.5, A = 2: min(3, 2.4) = 2.4. ρ = 0.5, A = -1: min(-0.5, -0.8) = -0.8. ρ = 1.5, A = -2: min(-3, -2.4) = -3.
+    ρ = 1.2 stands on the boundary: 1.2 either way, and the gradient still flows. Sum -0.2, mean -0.05, loss 0.05."""
+    ratio, advantages = torch.tensor([[1.5, 0.5, 1.5, 1.2]], dtype=REAL), torch.tensor([[2.0, -1.0, -2.0, 1.0]], dtype=REAL)
+    new, mask = ratio.log().requires_grad_(), torch.ones(1, 4, dtype=torch.bool)
+    loss, stats = P.policy_loss(new, torch.zeros(1, 4, dtype=REAL), advantages, mask)
+    assert far(loss.detach(), 0.05) < 1e-12 and far(stats["policy/clipfrac"], 0.5) < 1e-12
+    assert far(gradient(loss, new)[0, :3], [0, 0, 0.75]) < 1e-12
+    assert far(P.policy_loss(new, torch.zeros(1, 4), advantages, mask, dual_clip=1.25)[0].detach(), -(2.4 - 0.8 - 2.5 + 1.2) / 4) < 1e-12
+    assert far(P.policy_loss(new, torch.zeros(1, 4), advantages, mask, cliprange_high=0.3)[0].detach(), -(2.6 - 0.8 - 3 + 1.2) / 4) < 1e-12
+    weights = torch.tensor([[1.0, 0.0, 0.0, 2.0]], dtype=REAL)
+    assert far(P.policy_loss(new, torch.zeros(1, 4), advantages, mask, weights=weights)[0].detach(), -(2.4 + 2.4)) < 1e-12
+
+
+@given(st.data(), masks(holes=True), st.none() | st.floats(0.05, 1))
+def test_value_loss_by_brute_force(data, mask, clip):
+    """½ max of the two squares; at least ½ MSE, equal to it without the clip; gradient 0 just where the clipped error is larger."""
+    new, old, returns = (cells(data.draw, mask) for _ in range(3))
+    new.requires_grad_()
+    loss, stats = P.value_loss(new, old, returns, mask, clip)
+    n, rows = max(1, int(mask.sum())), list(zip(new[mask].tolist(), old[mask].tolist(), returns[mask].tolist()))
+    plain = [(v - r) ** 2 for v, _, r in rows]
+    other = plain if clip is None else [(o + min(max(v - o, -clip), clip) - r) ** 2 for v, o, r in rows]
+    assume(all(abs(a - b) > 1e-9 or a == b for a, b in zip(plain, other)))
+    assert far(loss.detach(), 0.5 * sum(map(max, plain, other)) / n) < 1e-10 and loss >= 0.5 * sum(plain) / n - 1e-12
+    assert far(stats["val/clipfrac"], sum(b > a for a, b in zip(plain, other)) / n) < 1e-12
+    event("clipped" if any(b > a for a, b in zip(plain, other)) else "not clipped")
+    got = gradient(loss, new)
+    assert torch.equal(got[~mask], torch.zeros_like(got[~mask]))
+    assert far(got[mask], [0.0 if b > a else (v - r) / n for a, b, (v, _, r) in zip(plain, other, rows)]) < 1e-10
+
+
+def test_value_loss_worked_by_hand():
+    """ε = 0.2, V_old = 0. V = 1, R = 1: the clipped 0.2 errs by 0.8: 0.64. V = 0.1, R = 1: inside, 0.81. V = -1, R = 1: 4 > 1.44.
+    Half the mean: (0.64 + 0.81 + 4) / 6."""
+    new, mask = torch.tensor([[1.0, 0.1, -1.0]], dtype=REAL, requires_grad=True), torch.ones(1, 3, dtype=torch.bool)
+    loss, _ = P.value_loss(new, torch.zeros(1, 3, dtype=REAL), torch.ones(1, 3, dtype=REAL), mask)
+    assert far(loss.detach(), 5.45 / 6) < 1e-12
+    assert far(gradient(loss, new), [[0, -0.3, -2 / 3]]) < 1e-12
+    weights = torch.tensor([[0.0, 1.0, 0.0]], dtype=REAL)
+    assert far(P.value_loss(new, torch.zeros(1, 3), torch.ones(1, 3), mask, weights=weights)[0].detach(), 0.405) < 1e-12
+
+
+# ------------------------------------------------------------------------------- 2. to 5. model, rollout and PPO update
+
+KINDS = ["gpt2", "llama"]
+EXACT = {"gpt2": 1e-9, "llama": 2e-5}  # Llama's norms compute in float32 whatever the weights are
+STOP = 2
+
+
+def tiny(kind="gpt2", V=7, seed=0, **settings):
+    """A random float64 language model, wide enough in its weights that its distributions are far from uniform."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3,
+                                          bos_token_id=None, eos_token_id=STOP, **settings)).double()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                                        max_position_embeddings=32, initializer_range=0.4, bos_token_id=None, eos_token_id=STOP,
+                                        **settings)).double()
+
+
+def tiny_actor(kind="gpt2", V=7, seed=0):
+    actor = P.Actor(tiny(kind, V, seed))
+    torch.nn.init.normal_(actor.value_head.weight, generator=torch.Generator().manual_seed(seed))
+    torch.nn.init.normal_(actor.value_head.bias, generator=torch.Generator().manual_seed(seed))
+    return actor
+
+
+def prompts_of(lengths, V=7, seed=0):
+    """Left-padded prompts of these lengths; the padding is content too (token 3), only the mask tells."""
+    width = max(lengths)
+    mask = torch.arange(width) >= width - torch.tensor(lengths).unsqueeze(1)
+    ids = torch.randint(0, V, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
+    return ids.masked_fill(~mask, 3 % V), mask
+
+
+def settings_of(**changes):
+    return Config(**dict(batch_size=8, num_mini_batches=2, num_ppo_epochs=2, whiten_advantages=False, temperature=0.8) | changes)
+
+
+def experience(kind="gpt2", lengths=(3, 1, 2, 5, 4, 2, 3, 1), T=6, cfg=None, seed=0, stop=(STOP,)):
+    """An actor, another model as the reference, and a complete rollout of sampled replies with random scores."""
+    cfg, actor, ref = cfg or settings_of(), tiny_actor(kind, seed=seed), tiny_actor(kind, seed=seed + 1)
+    torch.manual_seed(seed)
+    rollout = P.generate(actor, *prompts_of(lengths, seed=seed), T, cfg.temperature, list(stop), 0)
+    P.evaluate(actor, ref, rollout, cfg.temperature, 3)
+    P.credit(rollout, torch.randn(len(lengths), dtype=REAL), cfg.kl_coef, cfg)
+    return actor, ref, rollout
+
+
+def alone(lm, prompt, reply, temperature):
+    """log π of a reply by the model's own forward on prompt and reply, no padding, no cache, no batch-mates: [T]"""
+    logits = lm(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1:-1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(reply).unsqueeze(1)).squeeze(1)
+
+
+def each_reply(rollout):
+    for query, query_mask, response, mask in zip(rollout.queries, rollout.query_mask, rollout.responses, rollout.mask):
+        yield query[query_mask].tolist(), response[mask].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_every_logprob_is_the_models_own(kind, temperature):
+    """Sampler (cached, left-padded, stopped rows dropped) = scorer (one padded forward) = the bare model, one reply at a time.
+    So left padding, batch-mates and the cache change nothing, and the temperature is in all of them."""
+    actor, ref, rollout = experience(kind, lengths=(1, 6, 3, 2, 2, 5, 1, 4) * 3, T=12, cfg=settings_of(temperature=temperature))
+    assert len(set(rollout.mask.sum(1).tolist())) > 1 and rollout.ended.any() and not rollout.ended.all()
+    for b, (prompt, reply) in enumerate(each_reply(rollout)):
+        own = alone(actor.lm, prompt, reply, temperature).detach()
+        assert far(rollout.logprobs[b, rollout.mask[b]], own) < EXACT[kind]
+        assert far(rollout.sampler_logprobs[b, rollout.mask[b]], own) < EXACT[kind]
+        assert far(rollout.ref_logprobs[b, rollout.mask[b]], alone(ref.lm, prompt, reply, temperature).detach()) < EXACT[kind]
+        hidden = actor.lm.base_model(torch.tensor([prompt + reply])).last_hidden_state[0]
+        values = (hidden @ actor.value_head.weight[0] + actor.value_head.bias).detach()
+        assert far(rollout.values[b, rollout.mask[b]], values[len(prompt) - 1:-1]) < EXACT[kind]  # V of the state before each token
+        assert far(rollout.final_values[b], values[-1]) < EXACT[kind]
+    assert not rollout.logprobs[~rollout.mask].any() and not rollout.ref_logprobs[~rollout.mask].any()
+
+
+def test_replies_stop_where_the_first_stop_token_is():
+    """Every reply is cut after its first stop token, `ended` tells which have one (on the very last token too), the rest is padding."""
+    torch.manual_seed(3)
+    actor = tiny_actor()
+    rollout = P.generate(actor, *prompts_of([2] * 256), 5, 2.0, [STOP, 4], 5)
+    seen_last = False
+    for (_, reply), response, ended in zip(each_reply(rollout), rollout.responses.tolist(), rollout.ended.tolist()):
+        stops = [t for t, token in enumerate(reply) if token in (STOP, 4)]
+        assert stops == ([len(reply) - 1] if ended else []) and (ended or len(reply) == 5)
+        assert response[len(reply):] == [5] * (5 - len(reply))
+        seen_last |= ended and len(reply) == 5
+    assert seen_last and not P.generate(actor, *prompts_of([2] * 4), 5, 2.0, [], 0).ended.any()
+
+
+def test_sampling_follows_the_policy():
+    """4096 first tokens at temperature 2 come with the frequencies of π, within 4 standard errors, and again with the same seed."""
+    actor, (ids, mask) = tiny_actor(), prompts_of([3])
+    rollouts = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        rollouts.append(P.generate(actor, ids.expand(4096, -1), mask.expand(4096, -1), 1, 2.0, [STOP], 0))
+    assert torch.equal(rollouts[0].responses, rollouts[1].responses)
+    p = (actor.lm(ids).logits[0, -1] / 2).softmax(-1).detach()
+    share = torch.bincount(rollouts[0].responses.flatten(), minlength=7) / 4096
+    assert ((share - p).abs() < 4 * (p * (1 - p) / 4096) ** 0.5).all()
+
+
+def test_logits_in_chunks_are_the_same_with_the_same_gradient(monkeypatch):
+    actor, _, rollout = experience()
+    batch = rollout.rows(torch.arange(8))
+    results = []
+    for budget in (2**26, 7 * 3, 1):  # all at once, three tokens at a time, one at a time
+        monkeypatch.setattr(P, "LOGITS_AT_ONCE", budget)
+        actor.zero_grad()
+        logprobs, entropy = actor.logprobs(actor.states(batch), batch, 0.8)
+        (logprobs.sum() + (entropy**2).sum()).backward()
+        results.append((logprobs.detach(), entropy.detach(), torch.cat([p.grad.flatten() for p in actor.lm.parameters()])))
+    for other in results[1:]:
+        assert max(map(far, results[0], other)) < 1e-9
+
+
+def test_models_with_softcap_or_logit_scale_and_models_that_cannot_work():
+    """Gemma 2's soft-cap, Cohere's and Granite's scales are part of the logits; anything unknown behind the head is refused."""
+    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+    shape = dict(vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    for config in (Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5), CohereConfig(**shape, logit_scale=0.3),
+                   GraniteConfig(**shape, logits_scaling=5.0)):
+        actor = P.Actor(AutoModelForCausalLM.from_config(config).double())
+        ids = torch.tensor([[3, 5, 6, 1]])
+        assert far(actor.logits(actor.trunk(ids, torch.ones_like(ids))).detach(), actor.lm(ids).logits.detach()) < 1e-10
+    strange = tiny()
+    forward = strange.forward
+    strange.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), setattr(out, "logits", out.logits * 2))[0]
+    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be trained here"):
+        P.Actor(strange)
+
+
+@given(st.data(), masks(shortest=1), st.booleans(), st.booleans(), st.booleans(), st.none() | fraction)
+@settings(max_examples=50)
+def test_credit_is_its_parts_in_order(data, mask, whiten_rewards, bootstrap, in_loss, critic_lam):
+    """Penalty for a missing stop, KL in the reward, whitening of rewards, GAE, the critic's own λ, whitening of advantages."""
+    cfg = Config(missing_eos_penalty=0.7, gamma=0.9, lam=0.8, kl_estimator="k2", critic_lam=critic_lam, whiten_rewards=whiten_rewards,
+                 bootstrap_truncated=bootstrap, kl_in="loss" if in_loss else "reward")
+    logprobs, ref, values = (cells(data.draw, mask) for _ in range(3))
+    ended = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(mask), max_size=len(mask))))
+    scores, final = torch.randn(2, len(mask), dtype=REAL)
+    rollout = Rollout(mask, mask, mask.long(), mask, ended, mask, logprobs=logprobs, ref_logprobs=ref, values=values, final_values=final)
+    P.credit(rollout, scores, 0.3, cfg)
+    penalised = torch.stack([s if e else s - 0.7 for s, e in zip(scores, ended)])
+    rewards = P.token_rewards(penalised, (logprobs - ref) ** 2 / 2, mask, 0.0 if in_loss else 0.3)
+    if whiten_rewards:
+        rewards = P.masked_whiten(rewards, mask, shift_mean=False)
+    after = torch.stack([v * (not e) for v, e in zip(final, ended)]) if bootstrap else torch.zeros(len(mask))
+    advantages, returns = P.gae(rewards, values, mask, 0.9, 0.8, after)
+    if critic_lam is not None:
+        returns = P.gae(rewards, values, mask, 0.9, critic_lam, after)[1]
+    assert far(rollout.returns, returns) < 1e-12
+    assert far(rollout.advantages, P.masked_whiten(advantages, mask)) < 1e-12
+
+
+def test_rows_trim_and_lose_nothing():
+    """A micro-batch is cut to its longest prompt and reply; what is left of each reply is what it was."""
+    _, _, rollout = experience()
+    assert sorted(torch.cat(rollout.micro_batches(torch.tensor([5, 1, 2, 7, 0]), 2)).tolist()) == [0, 1, 2, 5, 7]
+    for index in rollout.micro_batches(torch.arange(8), 3):
+        assert len(index) <= 3
+        part = rollout.rows(index)
+        assert part.queries.shape[1] == rollout.query_mask[index].sum(1).max() and part.mask.shape[1] == rollout.mask[index].sum(1).max()
+        assert list(each_reply(part)) == [list(each_reply(rollout))[i] for i in index]
+        for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+            assert far(getattr(part, name)[part.mask], getattr(rollout, name)[index][rollout.mask[index]]) == 0
+        assert torch.equal(part.valid, part.mask.flatten().nonzero().squeeze(1))
+        assert torch.equal(part.final_values, rollout.final_values[index])
+
+
+def enumerated(V=3, T=3):
+    """Every reply of the language: up to T tokens, cut at the stop token."""
+    replies = set()
+    for tokens in itertools.product(range(V), repeat=T):
+        stop = tokens.index(STOP) + 1 if STOP in tokens else T
+        replies.add(tokens[:stop])
+    return sorted(replies)
+
+
+def language(actor, ref, lengths, cfg, score):
+    """A rollout that holds every reply to every prompt once, evaluated and credited; (rollout, prompts, replies)."""
+    replies, (ids, mask) = enumerated(), prompts_of(lengths, V=3)
+    B, R = len(lengths), len(replies)
+    responses = torch.tensor([list(r) + [0] * (3 - len(r)) for r in replies]).repeat(B, 1)
+    response_mask = torch.arange(3) < torch.tensor([len(r) for r in replies]).repeat(B).unsqueeze(1)
+    ended = torch.tensor([r[-1] == STOP for r in replies]).repeat(B)
+    rollout = Rollout(ids.repeat_interleave(R, 0), mask.repeat_interleave(R, 0), responses, response_mask, ended, response_mask)
+    P.evaluate(actor, ref, rollout, cfg.temperature, 7)
+    P.credit(rollout, score, cfg.kl_coef, cfg)
+    return rollout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_expected_ppo_gradient_is_the_policy_gradient(kind, temperature, seed):
+    """On a language small enough to list every reply (V = 3, T ≤ 3, with a stop token), with each reply weighted by its
+    probability, the gradient of the PPO loss at ratio 1 (λ = γ = 1, no whitening) is that of -(E[score] - β·KL), for a random
+    critic, left-padded prompts of mixed length, any temperature. This is the policy gradient theorem; it fails for a wrong
+    shift, sign, mask, temperature, or baseline that sees the action."""
+    cfg = settings_of(temperature=temperature, lam=1.0, gamma=1.0, kl_coef=0.3, vf_coef=0.0)
+    actor, ref, lengths = tiny_actor(kind, 3, seed), tiny_actor(kind, 3, seed + 9), [1, 4, 2]
+    torch.manual_seed(seed)
+    score = torch.randn(len(lengths) * len(enumerated()), dtype=REAL)
+    rollout = language(actor, ref, lengths, cfg, score)
+    probability = (rollout.logprobs * rollout.mask).sum(1).exp()
+    assert far(probability.sum(), len(lengths)) < 1e-10  # the list is complete
+    rollout.weights = probability.unsqueeze(1) * rollout.mask
+    index = torch.randperm(len(score))
+    parameters = list(actor.lm.parameters())
+    got = torch.autograd.grad(P.ppo_loss(actor, rollout.rows(index), cfg.kl_coef, cfg)[0], parameters)
+
+    objective = 0.0
+    for (prompt, reply), s in zip(each_reply(rollout), score):
+        logp, ref_logp = alone(actor.lm, prompt, reply, temperature).sum(), alone(ref.lm, prompt, reply, temperature).sum().detach()
+        objective = objective + logp.exp() * (s - cfg.kl_coef * (logp - ref_logp))
+    expected = torch.autograd.grad(-objective, parameters)
+    assert max(map(far, got, expected)) < EXACT[kind] < 1e-2 < max(g.abs().max().item() for g in expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expected_ppo_gradient_off_policy(kind):
+    """The same after the policy has moved, inside the clip range: the gradient of Σ_y μ(y) Σ_t π/μ(y_t)·A_t by the bare model."""
+    cfg = settings_of(lam=0.7, gamma=0.9, kl_coef=0.3, vf_coef=0.0, cliprange=0.9)
+    actor, ref, lengths = tiny_actor(kind, 3), tiny_actor(kind, 3, 9), [1, 3]
+    score = torch.linspace(-1, 1, len(lengths) * len(enumerated()), dtype=REAL)
+    rollout = language(actor, ref, lengths, cfg, score)
+    rollout.weights = (rollout.logprobs * rollout.mask).sum(1).exp().unsqueeze(1) * rollout.mask
+    with torch.no_grad():
+        for p in actor.parameters():
+            p += 0.005 * torch.randn(p.shape, dtype=REAL, generator=torch.Generator().manual_seed(1))
+    parameters = list(actor.lm.parameters())
+    loss, stats = P.ppo_loss(actor, rollout.rows(torch.arange(len(score))), cfg.kl_coef, cfg)
+    assert stats["policy/clipfrac"] == 0 and stats["policy/approxkl"] > 1e-5
+    got = torch.autograd.grad(loss, parameters)
+    surrogate = 0.0
+    for b, (prompt, reply) in enumerate(each_reply(rollout)):
+        old, values = rollout.logprobs[b, :len(reply)], rollout.values[b, :len(reply)].tolist()
+        rewards = (-cfg.kl_coef * (old - rollout.ref_logprobs[b, :len(reply)])).tolist()
+        rewards[-1] += score[b].item()
+        advantages = torch.tensor(gae_by_definition(rewards, values, 0.9, 0.7, 0.0), dtype=REAL)
+        surrogate = surrogate + old.sum().exp() * ((alone(actor.lm, prompt, reply, 0.8) - old).exp() * advantages).sum()
+    expected = torch.autograd.grad(-surrogate, parameters)
+    assert max(map(far, got, expected)) < EXACT[kind] < 1e-2 < max(g.abs().max().item() for g in expected)
+
+
+def one_update(actor, rollout, cfg, lr=0.0, seed=0, **options):
+    optimizer = torch.optim.SGD(actor.parameters(), lr=lr)
+    torch.manual_seed(seed)
+    return P.ppo_update(actor, optimizer, rollout, cfg.kl_coef, cfg, **options)
+
+
+def weights_of(actor):
+    return torch.cat([p.detach().flatten().clone() for p in actor.parameters()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_learning_rate_0_nothing_moves(kind):
+    """In every epoch and minibatch the ratio is 1, the KL and the clipped share 0, and the loss is -mean(A)."""
+    cfg = settings_of()
+    actor, _, rollout = experience(kind, cfg=cfg)
+    before = weights_of(actor)
+    metrics = one_update(actor, rollout, cfg)
+    assert abs(metrics["policy/ratio"] - 1) < EXACT[kind] and abs(metrics["policy/approxkl"]) < EXACT[kind] and metrics["policy/clipfrac"] == 0
+    assert metrics["val/clipfrac"] == 0 and metrics["policy/steps"] == 4 and metrics["policy/grad_norm"] > 0
+    assert metrics["loss/policy"] == pytest.approx(-float(rollout.advantages[rollout.mask].mean()), abs=1e-9)
+    error = (rollout.values - rollout.returns)[rollout.mask]
+    assert metrics["loss/value"] == pytest.approx(float((error**2).mean() / 2), abs=1e-9)
+    assert torch.equal(weights_of(actor), before)
+
+
+def test_metrics_are_means_over_the_valid_tokens():
+    """Entropy of the whole update equals the mean over response tokens by the bare model, however it is cut."""
+    for micro in (None, 1, 3):
+        cfg = settings_of(micro_batch_size=micro)
+        actor, _, rollout = experience(cfg=cfg)
+        entropies = []
+        for prompt, reply in each_reply(rollout):
+            p = (actor.lm(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1:-1] / cfg.temperature).softmax(-1)
+            entropies += (-(p * p.log()).sum(-1)).tolist()
+        assert one_update(actor, rollout, cfg)["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-10)
+        scores, judged = torch.arange(8.0), {"length": torch.ones(8)}
+        metrics = P.rollout_metrics(rollout, scores, judged, 0.5)
+        kl = [float((rollout.logprobs - rollout.ref_logprobs)[b, rollout.mask[b]].sum()) for b in range(8)]
+        assert metrics["objective/kl"] == pytest.approx(sum(kl) / 8, abs=1e-10)
+        assert metrics["objective/scores"] == 3.5 and metrics["objective/scores_std"] == pytest.approx(5.25**0.5)
+        assert metrics["objective/non_score_reward"] == pytest.approx(-sum(kl) / 16, abs=1e-10)
+        assert metrics["objective/rlhf_reward"] == pytest.approx(3.5 - sum(kl) / 16, abs=1e-6)
+        assert metrics["reply/length"] == pytest.approx(float(rollout.mask.sum() / 8))
+        assert metrics["reply/ended"] == pytest.approx(float(rollout.ended.float().mean())) and metrics["policy/sampler_gap"] < 1e-10
+        returns, error = rollout.returns[rollout.mask], (rollout.returns - rollout.values)[rollout.mask]
+        assert metrics["val/explained_variance"] == pytest.approx(float(1 - error.var(correction=0) / returns.var(correction=0)), abs=1e-9)
+        assert metrics["val/mean"] == pytest.approx(float(rollout.values[rollout.mask].mean()), abs=1e-10)
+        assert metrics["rewards/length"] == 1
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_any_partition_into_micro_batches_is_the_same_update(aggregation, micro):
+    """Weights after two epochs of steps, and all metrics, equal those of whole minibatches."""
+    outcomes = []
+    for size in (None, micro):
+        cfg = settings_of(micro_batch_size=size, loss_aggregation=aggregation, ent_coef=0.1, kl_in="loss", max_grad_norm=None)
+        actor, _, rollout = experience(cfg=cfg)
+        metrics = one_update(actor, rollout, cfg, lr=0.05)
+        outcomes.append((weights_of(actor), metrics))
+    assert far(outcomes[0][0], outcomes[1][0]) < 1e-10
+    assert outcomes[0][1] == pytest.approx(outcomes[1][1], abs=1e-9)
+
+
+def test_aggregation_over_tokens_or_sequences():
+    """The gradient of one step is that of the mean over tokens, or of the mean over replies of the mean over their tokens."""
+    for aggregation in ("token", "sequence"):
+        cfg = settings_of(loss_aggregation=aggregation, num_mini_batches=1, num_ppo_epochs=1, vf_coef=0.0, max_grad_norm=None)
+        actor, _, rollout = experience(cfg=cfg)
+        expected, n = 0.0, int(rollout.mask.sum())
+        for b, (prompt, reply) in enumerate(each_reply(rollout)):
+            per_token = (alone(actor.lm, prompt, reply, cfg.temperature) - rollout.logprobs[b, :len(reply)]).exp() * rollout.advantages[b, :len(reply)]
+            expected = expected - (per_token.sum() / n if aggregation == "token" else per_token.mean() / 8)
+        parameters = list(actor.lm.parameters())
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(expected, parameters)])
+        before = torch.cat([p.detach().flatten() for p in parameters])
+        one_update(actor, rollout, cfg, lr=1.0)
+        assert far(before - torch.cat([p.detach().flatten() for p in parameters]), expected) < 1e-9
+
+
+def test_order_of_replies_does_not_matter():
+    cfg = settings_of(num_mini_batches=1, ent_coef=0.1)
+    outcomes = []
+    for order in (torch.arange(8), torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])):
+        actor, _, rollout = experience(cfg=cfg)
+        shuffled = Rollout(**{name: x[order] for name, x in vars(rollout).items() if x is not None})
+        metrics = one_update(actor, shuffled, cfg, lr=0.05)
+        outcomes.append((weights_of(actor), metrics))
+    assert far(outcomes[0][0], outcomes[1][0]) < 1e-10 and outcomes[0][1] == pytest.approx(outcomes[1][1], abs=1e-9)
+
+
+def test_target_kl_stops_before_the_step_and_leaves_no_gradient_behind():
+    """A minibatch whose KL is above the target takes no step. The next update starts from clean gradients: it equals one
+    from an actor with the same weights and none."""
+    cfg = settings_of(target_kl=1e-6, num_ppo_epochs=3)
+    actor, _, rollout = experience(cfg=cfg)
+    start = weights_of(actor)
+    metrics = one_update(actor, rollout, cfg, lr=0.5)
+    assert 1 <= metrics["policy/steps"] < 6 and not torch.equal(weights_of(actor), start)
+    fresh, _, _ = experience(cfg=cfg)
+    fresh.load_state_dict(actor.state_dict())
+    free = dataclasses.replace(cfg, target_kl=None)
+    for a in (actor, fresh):
+        P.evaluate(a, a, rollout, cfg.temperature, 8)
+        one_update(a, rollout, free, lr=0.1)
+    assert far(weights_of(actor), weights_of(fresh)) == 0
+    assert one_update(actor, rollout, dataclasses.replace(cfg, target_kl=1e6), lr=0.0)["policy/steps"] == 6
+
+
+def test_critic_warmup_trains_the_value_head_alone():
+    cfg = settings_of(num_ppo_epochs=20, vf_coef=1.0, cliprange_value=None, max_grad_norm=None)
+    actor, _, rollout = experience(cfg=cfg)
+    before = {name: p.detach().clone() for name, p in actor.named_parameters()}
+    metrics = one_update(actor, rollout, cfg, lr=0.02, critic_only=True)
+    for name, p in actor.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("value_head")
+    assert one_update(actor, rollout, cfg, critic_only=True)["loss/value"] < metrics["loss/value"] and "loss/policy" not in metrics
+
+
+def test_each_term_of_the_loss_has_its_coefficient():
+    """PPO eq. 9 with the KL of eq. 8: the loss is linear in vf_coef and ent_coef, and β·KL enters with kl_in = loss alone."""
+    actor, _, rollout = experience()
+    batch = rollout.rows(torch.arange(8))
+    batch.weights = batch.mask.to(REAL) / batch.mask.sum()
+    with torch.no_grad():
+        loss = lambda **changes: P.ppo_loss(actor, batch, 0.3, settings_of(**dict(vf_coef=0.0, ent_coef=0.0) | changes))
+        plain, stats = loss()
+        assert far(loss(vf_coef=0.5)[0] - plain, 0.5 * stats["loss/value"]) < 1e-12
+        assert far(loss(ent_coef=0.5)[0] - plain, -0.5 * stats["policy/entropy"]) < 1e-12
+        kl = (batch.logprobs - batch.ref_logprobs)[batch.mask]
+        assert far(loss(kl_in="loss")[0] - plain, 0.3 * kl.mean()) < 1e-10
+        assert far(loss(kl_in="loss", kl_estimator="k2")[0] - plain, 0.3 * (kl**2 / 2).mean()) < 1e-10
+        batch.logprobs = batch.logprobs - 0.5  # ratio e^½: every clip binds on one sign of the advantage
+        for changes, arguments in ((dict(cliprange=0.1), (0.1, None, None)), (dict(cliprange_high=0.4), (0.2, 0.4, None)),
+                                   (dict(dual_clip=1.2), (0.2, None, 1.2))):
+            expected = P.policy_loss(batch.logprobs + 0.5, batch.logprobs, batch.advantages, batch.mask, *arguments)[0]
+            assert far(loss(**changes)[0], expected) < 1e-9
+        batch.values = batch.values + 0.4
+        for clip in (0.1, None):
+            expected = P.value_loss(batch.values - 0.4, batch.values, batch.returns, batch.mask, clip)[0]
+            assert far(loss(cliprange_value=clip)[1]["loss/value"], expected) < 1e-9
+
+
+def test_gradient_clipping():
+    for limit in (None, 1e-3):
+        cfg = settings_of(max_grad_norm=limit, num_ppo_epochs=1, num_mini_batches=1)
+        actor, _, rollout = experience(cfg=cfg)
+        before = weights_of(actor)
+        norm = one_update(actor, rollout, cfg, lr=1.0)["policy/grad_norm"]
+        assert norm > 0.1 and far((before - weights_of(actor)).norm(), limit or norm) < 1e-6
+
+
+# ------------------------------------------------------------------------------- 6. to 9. prompts, rewards, runs, command
+
+
+def test_learning_rate_schedule():
+    rates = lambda **changes: [P.learning_rate(u, Config(num_updates=4, learning_rate=1.0, **changes)) for u in range(4)]
+    assert rates() == [1, 1, 1, 1] and rates(lr_scheduler_type="linear") == [1, 0.75, 0.5, 0.25]
+    assert rates(lr_scheduler_type="cosine") == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2], abs=1e-12)
+    assert rates(warmup_updates=1) == [0.5, 1, 1, 1]
+
+
+@given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 6))
+@settings(max_examples=30)
+def test_prompts_are_drawn_without_replacement_pass_by_pass(n, count, batches):
+    rows = [{"prompt": str(i)} for i in range(n)]
+    stream = [row["prompt"] for k in range(batches) for row in P.draw(rows, k * count, count, seed=1)]
+    for start in range(0, len(stream) - n + 1, n):
+        assert sorted(stream[start:start + n]) == sorted(str(i) for i in range(n))
+
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def words_tokenizer(V=7):
+    """One word a token, t0 t1 …; neither bos, eos nor pad."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="t0")
+
+
+def share_of_t5(prompts, completions, **columns):
+    return [text.split().count("t5") / max(1, len(text.split())) for text in completions]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A model folder, prompts and rewards as a user has them."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny("gpt2").float().save_pretrained(folder / "model")
+    words_tokenizer().save_pretrained(folder / "model")
+    (folder / "prompts.txt").write_text("t1 t3\nt4\n\nt5 t1 t1\n")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"t{i % 6} t1", "answer": i}) + "\n" for i in range(20)))
+    (folder / "bad.jsonl").write_text('{"prompt": "t1"}\n{"prompt": \n')
+    (folder / "lacks.jsonl").write_text('{"prompt": "t1"}\n{"text": "t1"}\n')
+    (folder / "empty.txt").write_text("\n")
+    (folder / "latin.txt").write_bytes(b"t1\n\xff\n")
+    (folder / "rewards.py").write_text("def answers(prompts, completions, **columns):\n    return [float(a) for a in columns['answer']]\n"
+                                       "def short(prompts, completions, **columns):\n    return [0.0]\n"
+                                       "def nan(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n")
+    return folder
+
+
+def run_cli(*arguments, cwd, columns=80):
+    return subprocess.run([sys.executable, str(HERE / "ppo_llm.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          env=ENV | {"COLUMNS": str(columns)}, timeout=280)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
+    """A third of the demo, as a user runs it: the held-out score rises by more than 1, and every file is there and loads."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = run_cli("--name", "demo", "--num-updates", 10, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "demo"
+    metrics, samples = lines(run / "metrics.jsonl"), lines(run / "samples.jsonl")
+    assert [row["update"] for row in metrics] == list(range(11))
+    assert metrics[-1]["eval/score"] - metrics[0]["eval/score"] > 1 and metrics[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
+    assert metrics[0]["eval/fluency"] > 0.9 and metrics[-1]["eval/fluency"] > 0.7
+    assert all(math.isfinite(x) for row in metrics for x in row.values()) and metrics[1]["policy/sampler_gap"] < 1e-5
+    assert {"update", "prompt", "reply", "score", "kl"} <= set(samples[0])
+    about = json.loads((run / "config.json").read_text())
+    assert about["config"]["num_updates"] == 10 and about["versions"]["torch"] == torch.__version__ and "--num-updates" in about["command"]
+    assert (run / "curves.svg").read_text().startswith("<svg")
+    for expected in ("Held-out evaluation", "before", "after", "score", "fluency", "▁", "█", "from_pretrained", "curves.svg"):
+        assert expected in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "runs/" not in line)
+    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    policy = AutoModelForCausalLM.from_pretrained(run / "policy")
+    out = policy.generate(**tokenizer("the plot was", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    assert set(P.GOOD) & set(tokenizer.decode(out[0]).split())
+
+    again = run_cli("--name", "demo", cwd=tmp_path)
+    assert again.returncode == 2 and "runs/demo exists" in again.stderr and lines(run / "metrics.jsonl") == metrics
+
+
+def test_as_a_library_twice_the_same(tmp_path):
+    """`train` with a model, a list of prompts and a callable: the score rises; the same seed gives the same metrics and weights."""
+    results = []
+    for name in ("a", "b"):
+        cfg = Config(num_updates=12, batch_size=32, response_length=4, learning_rate=0.02, kl_coef=0.0, name=name, runs_dir=str(tmp_path), seed=3)
+        run = P.train(cfg, prompts=["t1 t3", "t4"] * 8, reward=share_of_t5, model=tiny().float(), tokenizer=words_tokenizer())
+        rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per"))} for row in lines(run / "metrics.jsonl")]
+        results.append((rows, (run / "policy" / "model.safetensors").read_bytes()))
+    assert results[0] == results[1]
+    rows = results[0][0]
+    assert rows[-1]["objective/scores"] > rows[1]["objective/scores"] + 0.2 and rows[-1]["rewards/share_of_t5"] == rows[-1]["objective/scores"]
+
+
+def test_columns_weights_and_the_adaptive_coefficient(files, tmp_path):
+    """Columns reach the reward of their row, weights mix rewards, warm-up holds the policy, β follows the KL."""
+    run = P.main(["--model", str(files / "model"), "--prompts", str(files / "prompts.jsonl"), "--reward", f"{files}/rewards.py:answers",
+                  f"{HERE}/test_ppo_llm.py:share_of_t5", "--reward-weights", "0.5", "2", "--num-updates", "2", "--batch-size", "8",
+                  "--response-length", "5", "--kl-target", "1e-9", "--learning-rate", "1e-2", "--critic-warmup-updates", "1", "--name", "x",
+                  "--runs-dir", str(tmp_path), "--kl-horizon", "100", "--stop-token", "t3"])
+    assert run == 0
+    first, second = lines(tmp_path / "x" / "metrics.jsonl")[1:]
+    assert first["objective/scores"] == pytest.approx(0.5 * first["rewards/answers"] + 2 * first["rewards/share_of_t5"], abs=1e-6)
+    assert "policy/ratio" not in first and "policy/ratio" in second
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5) and second["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert second["kl_coef"] == pytest.approx(first["kl_coef"] * (1 - 0.2 * 8 / 100), abs=1e-9)
+    for sample in lines(tmp_path / "x" / "samples.jsonl"):
+        assert isinstance(sample["answer"], int) and sample["prompt"] == f"t{sample['answer'] % 6} t1"
+        assert "t3" not in sample["reply"].split()[:-1]
+
+
+BAD = [  # arguments with {f} for the files; exit status; what the one line says
+    ("--batch-size 4 --num-mini-batches 8", 2, "--num-mini-batches 8: expected a divisor of --batch-size 4"),
+    ("--batch-size 0", 2, "--batch-size 0: expected 1 or more"),
+    ("--batch-size x", 2, "--batch-size"),
+    ("--lam 1.5", 2, "--lam 1.5: expected a number in [0, 1]"),
+    ("--lam nan", 2, "--lam nan: expected a number in [0, 1]"),
+    ("--gamma -0.1", 2, "--gamma -0.1"),
+    ("--critic-lam 2", 2, "--critic-lam 2.0"),
+    ("--cliprange -0.2", 2, "--cliprange -0.2: expected a number between 0 and 1"),
+    ("--cliprange-high 0", 2, "--cliprange-high 0.0"),
+    ("--cliprange-value -1", 2, "--cliprange-value -1.0"),
+    ("--dual-clip 0.5", 2, "--dual-clip 0.5: expected a number above 1"),
+    ("--temperature 0", 2, "--temperature 0.0: expected a number above 0"),
+    ("--learning-rate inf", 2, "--learning-rate inf"),
+    ("--kl-coef -1", 2, "--kl-coef -1.0: expected 0 or more"),
+    ("--kl-coef 0 --kl-target 6", 2, "--kl-coef 0.0"),
+    ("--kl-estimator k4", 2, "k4"),
+    ("--seed -1", 2, "--seed -1"),
+    ("--no-such-flag 1", 2, "--no-such-flag"),
+    ("--name a/b", 2, "--name a/b"),
+    ("--device warp", 2, "--device warp"),
+    ("--prompts nowhere.txt", 2, "--prompts nowhere.txt: expected a file that exists"),
+    ("--prompts {f}/prompts.txt", 2, "give --model too"),
+    ("--reward-weights 1", 2, "--reward-weights: expected 2 of them, one a reward, got 1"),
+    ("--response-length 500", 2, "--response-length 500: the model takes 128 tokens"),
+    ("--model {f}/nowhere --prompts {f}/prompts.txt --reward {f}/rewards.py:short", 2, "nowhere"),
+    ("--model {f}/model", 2, "give --prompts FILE and --reward FILE.py:FUNCTION"),
+    ("--model {f}/model --prompts {f}/bad.jsonl --reward {f}/rewards.py:short", 2, "bad.jsonl, line 2"),
+    ("--model {f}/model --prompts {f}/lacks.jsonl --reward {f}/rewards.py:short", 2, "lacks.jsonl, line 2"),
+    ("--model {f}/model --prompts {f}/empty.txt --reward {f}/rewards.py:short", 2, "empty.txt holds no prompts"),
+    ("--model {f}/model --prompts {f}/latin.txt --reward {f}/rewards.py:short", 2, "latin.txt, line 2"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:missing", 2, "has no function missing"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/nowhere.py:f", 2, "expected FILE.py:FUNCTION"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --stop-token 't1 t2'", 2, "--stop-token"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8", 1, "reward short: expected"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:nan --response-length 8", 1, "reward nan: expected"),
+]
+
+
+@pytest.mark.parametrize("arguments, status, message", BAD, ids=[row[0] for row in BAD])
+def test_bad_input_is_refused_in_one_line(arguments, status, message, files, tmp_path, capsys, monkeypatch):
+    """Exit status 2 before anything is written, 1 once the run has begun; one line that says what, and no traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(P, "demo_task", lambda seed, device: quick_demo(seed, device, 1))
+    assert P.main(shlex.split(arguments.format(f=files))) == status
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in err if "it/s" not in line]) == 1 and err[-1].startswith("ppo_llm.py: ") and message in err[-1]
+    assert status == 1 or not (tmp_path / "runs").exists()
+
+
+quick_demo = P.demo_task
+
+
+def fields_read():
+    """Names x of every `cfg.x`, `self.x` and getattr'd string in the module, outside the class Config's own definitions."""
+    source = (HERE / "ppo_llm.py").read_text()
+    body = source.replace(re.search(r"class Config:.*?def check", source, re.S).group(), "")
+    check = re.search(r"\(self\) -> None:\n.*?\n\n\n", body, re.S).group()
+    return set(re.findall(r"\bcfg\.(\w+)", body.replace(check, "")))
+
+
+def test_every_flag_is_read_and_explained():
+    """No flag without effect: each is read outside its own validation. `--help` names each with a sentence of its own."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    assert names <= fields_read()
+    done = run_cli("--help", cwd=HERE, columns=200)
+    assert done.returncode == 0
+    for f in dataclasses.fields(Config):
+        assert re.search(rf"--{f.name.replace('_', '-')}\b.*\w{{2,}}", done.stdout), f.name
+        if "None" in f.type:
+            explained = re.search(rf"^ *{f.name}: .*?  # (.*)$", (HERE / "ppo_llm.py").read_text(), re.M).group(1)
+            assert "None" in explained, f.name
+
+
+def test_interrupt_finishes_the_update_and_saves(files, tmp_path):
+    """Ctrl-C once: the update in hand is finished and logged, the policy saved, the exit status 130."""
+    import signal
+    import time
+
+    process = subprocess.Popen([sys.executable, str(HERE / "ppo_llm.py"), "--model", str(files / "model"), "--prompts", str(files / "prompts.jsonl"),
+                                "--reward", f"{files}/rewards.py:answers", "--num-updates", "100000", "--batch-size", "8", "--name", "x",
+                                "--response-length", "4"], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs" / "x" / "metrics.jsonl"
+    for _ in range(600):
+        time.sleep(0.1)
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    rows = lines(metrics)
+    assert [row["update"] for row in rows] == list(range(len(rows))) and len(rows) > 3
+    assert (tmp_path / "runs" / "x" / "policy" / "model.safetensors").exists() and "Load the policy" in out
+
+
+def test_import_has_no_side_effects():
+    """Importing takes no transformers (slow to start), writes nothing, prints nothing."""
+    code = "import sys, ppo_llm; print([m for m in ('transformers', 'tyro') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env=ENV)
+    assert done.stdout.strip() == "[]" and done.stderr == ""
+
+
+def test_requirements_and_inline_metadata_agree():
+    """Every range of the PEP 723 block admits the version that requirements.txt pins; tests alone add pytest and hypothesis."""
+    from packaging.requirements import Requirement
+
+    pins = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().split())
+    block = re.search(r"^# /// script\n(.*?)^# ///$", (HERE / "ppo_llm.py").read_text(), re.S | re.M).group(1)
+    ranges = {r.name: r for r in map(Requirement, re.findall(r'"([^"]+)"', block.split("dependencies")[1]))}
+    assert set(pins) == set(ranges) | {"pytest", "hypothesis"}
+    assert all(ranges[name].specifier.contains(pins[name]) for name in ranges)
