@@ -45,6 +45,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, a single one may be negative; k2 = d²/2, biased
     but never negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of the
-    true KL. As a loss term, differentiated, k2 does so (on policy), k1 has expected gradient 0 and k3 that of KL(ref ‖ policy).
+    true KL. As a loss, differentiated on policy, k2 does so, k1 has expected gradient 0 and k3 that of KL(ref ‖ policy).
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -204,7 +205,7 @@ def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor
 
 @dataclass
 class Rollout:
-    """The replies of one update and all that is known about them, on the CPU: micro-batches go to the device one at a time."""
+    """The replies of one update and all that is known of them, on the CPU: micro-batches go to the device one by one."""
     queries: Tensor  # [B, P] int, prompt tokens, left-padded
     query_mask: Tensor  # [B, P] bool, False on that padding
     responses: Tensor  # [B, T] int, sampled tokens, right-padded
@@ -223,7 +224,8 @@ class Rollout:
     def rows(self, index: Tensor, device: torch.device | str = "cpu") -> Rollout:
         """The replies `index` on the device, trimmed to the longest prompt and the longest reply among them."""
         prompt, reply = (int(mask[index].sum(1).max()) for mask in (self.query_mask, self.mask))
-        cut = {"queries": (..., slice(-prompt, None)), "query_mask": (..., slice(-prompt, None)), "final_values": ..., "ended": ...}
+        whole, left = ..., (..., slice(-prompt, None))
+        cut = {"queries": left, "query_mask": left, "ended": whole, "final_values": whole}
         part = {name: x[index][cut.get(name, (..., slice(reply)))] for name, x in vars(self).items() if x is not None}
         part["valid"] = part["mask"].flatten().nonzero().squeeze(1)  # here and not on the device: no synchronisation
         if torch.device(device).type == "cuda":
@@ -255,7 +257,7 @@ class Actor(nn.Module):
         self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
         weight = lm.get_output_embeddings().weight  # [V, H]
-        self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.value_head = nn.Linear(weight.shape[1], 1).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)  # V = 0 at the start: the first advantages are plain returns
         nn.init.zeros_(self.value_head.bias)
         with torch.no_grad(), self.autocast():
@@ -263,8 +265,8 @@ class Actor(nn.Module):
             ours, own = self.logits(self.trunk(ids, torch.ones_like(ids))), lm(input_ids=ids).logits
         ours, own = ours.float(), own.float()
         if not torch.allclose(ours, own, rtol=0.01, atol=0.01 * own.std().item()):
-            raise ValueError(f"{type(lm).__name__} cannot be trained here: its logits are not a scaled or soft-capped linear "
-                             "map of its base model's last hidden state; use another kind of model")
+            raise ValueError(f"{type(lm).__name__} cannot be trained here: its logits are not a scaled or soft-capped "
+                             "linear map of its base model's last hidden state; use another kind of model")
 
     @property
     def device(self) -> torch.device:
@@ -287,7 +289,7 @@ class Actor(nn.Module):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def states(self, batch: Rollout) -> Tensor:  # -> [b, T + 1, H]
-        """State t is the one that predicts response token t, state T follows the last token. The only shift in this file."""
+        """State t predicts response token t, state T follows the last token. The only place that shifts."""
         ids = torch.cat([batch.queries, batch.responses], 1)
         attention = torch.cat([batch.query_mask, torch.ones_like(batch.mask)], 1)  # what follows a reply is never looked at
         return self.trunk(ids, attention)[:, batch.queries.shape[1] - 1:]
@@ -307,7 +309,8 @@ class Actor(nn.Module):
 
         def head(packed: Tensor, tokens: Tensor) -> Tensor:  # [n, H], [n] -> [2, n]
             logits = self.logits(packed)
-            return torch.stack([logprobs_from_logits(logits, tokens, temperature), entropy_from_logits(logits, temperature)])
+            logprobs = logprobs_from_logits(logits, tokens, temperature)
+            return torch.stack([logprobs, entropy_from_logits(logits, temperature)])
 
         if len(packed) <= size:
             both = head(packed, tokens)
@@ -406,11 +409,12 @@ def credit(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: Config) -> Non
 
 def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
              critic_only: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO eq. 9, negated, on one micro-batch: clipped surrogate + c1 value loss - c2 entropy (+ β KL, eq. 8, on request)."""
+    """PPO eq. 9, negated, on one micro-batch: clipped surrogate + c1 value loss - c2 entropy (+ β KL with kl_in = loss)."""
     mask, weights = batch.mask, batch.weights
     with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_only):
         states = actor.states(batch)
-    vf_loss, stats = value_loss(actor.values(states)[:, :-1], batch.values, batch.returns, mask, cfg.cliprange_value, weights)
+    new_values = actor.values(states)[:, :-1]
+    vf_loss, stats = value_loss(new_values, batch.values, batch.returns, mask, cfg.cliprange_value, weights)
     loss = cfg.vf_coef * vf_loss
     stats["loss/value"] = vf_loss.detach()
     if critic_only:
@@ -420,13 +424,15 @@ def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
                                     cfg.dual_clip, weights)
     loss = loss + pg_loss - cfg.ent_coef * masked_mean(entropy, mask, weights)
     if cfg.kl_in == "loss":
-        loss = loss + kl_coef * masked_mean(kl_estimate(new_logprobs, batch.ref_logprobs, cfg.kl_estimator), mask, weights)
-    return loss, stats | pg_stats | {"loss/policy": pg_loss.detach(), "policy/entropy": masked_mean(entropy.detach(), mask)}
+        kl = kl_estimate(new_logprobs, batch.ref_logprobs, cfg.kl_estimator)
+        loss = loss + kl_coef * masked_mean(kl, mask, weights)
+    stats |= pg_stats | {"loss/policy": pg_loss.detach(), "policy/entropy": masked_mean(entropy.detach(), mask)}
+    return loss, stats
 
 
 def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout, kl_coef: float, cfg: Config,
                critic_only: bool = False) -> dict[str, float]:
-    """Several epochs of shuffled minibatches, an optimizer step each. Returns metrics averaged over all their valid tokens."""
+    """Several epochs of shuffled minibatches, an optimizer step each. Returns metrics, means over all their valid tokens."""
     totals, tokens, norms = defaultdict(float), 0, []
     rollout.weights = torch.zeros_like(rollout.advantages)
     epochs = [torch.randperm(len(rollout.mask)).chunk(cfg.num_mini_batches) for _ in range(cfg.num_ppo_epochs)]
@@ -462,7 +468,11 @@ Reward = Callable[..., list[float]]  # f(prompts, completions, **columns), as in
 
 
 class UsageError(ValueError):
-    """Something the user can put right: told in one line, exit status 2."""
+    """A setting or a file that the user can put right, found before anything is written: one line, exit status 2."""
+
+
+class RunError(RuntimeError):
+    """What stops a run that has begun, such as a reward function that fails: one line, exit status 1."""
 
 
 def load_prompts(path: str) -> list[dict]:
@@ -495,7 +505,10 @@ def load_reward(spec: str) -> Reward:
         raise UsageError(f"--reward {spec}: expected FILE.py:FUNCTION with a file that exists")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise UsageError(f"--reward {spec}: {path} cannot be imported: {type(e).__name__}: {e}") from e
     if not callable(getattr(module, name, None)):
         raise UsageError(f"--reward {spec}: {path} has no function {name}")
     return getattr(module, name)
@@ -509,16 +522,26 @@ def tokenize(tokenizer, prompts: list[str], pad_id: int) -> tuple[Tensor, Tensor
     return torch.tensor([[pad_id] * (width - len(row)) + row for row in rows]), mask
 
 
-def judge(rewards: dict[str, Reward], rows: list[dict], completions: list[str], completion_ids: list[list[int]]) -> dict[str, Tensor]:
+def judge(rewards: dict[str, Reward], rows: list[dict], completions: list[str],
+          completion_ids: list[list[int]]) -> dict[str, Tensor]:
     """What each reward function says of each reply: {name: [B]}."""
     columns = {key: [row.get(key) for row in rows] for key in rows[0]}
     prompts = columns.pop("prompt")
     judged = {}
     for name, reward in rewards.items():
-        scores = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        if len(scores) != len(completions) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in scores):
-            raise RuntimeError(f"reward {name}: expected {len(completions)} finite numbers, one a completion, got {scores!r:.200}")
-        judged[name] = torch.tensor(scores, dtype=torch.float32)
+        try:
+            answer = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            scores = [float(x) for x in answer]
+        except Exception as e:
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            place = f"{Path(where.filename).name}:{where.lineno}"
+            raise RunError(f"reward {name} failed at {place}: {type(e).__name__}: {e}") from e
+        if len(scores) != len(completions):
+            raise RunError(f"reward {name}: expected {len(completions)} numbers, one a completion, got {len(scores)}")
+        for prompt, completion, x in zip(prompts, completions, scores):
+            if not math.isfinite(x):
+                raise RunError(f"reward {name} gave {x} to the prompt {prompt!r} and the reply {completion!r}")
+        judged[name] = torch.tensor(scores)
     return judged
 
 
@@ -531,8 +554,9 @@ VERBS = "was felt seemed".split()
 ADVERBS = "rather very".split()
 LINKS = "and but".split()
 CLAUSE = f"the ({'|'.join(NOUNS)}) ({'|'.join(VERBS)})( ({'|'.join(ADVERBS)}))? ({'|'.join(GOOD + BAD)})"
-REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
-DEMO = dict(num_updates=30, response_length=24, learning_rate=1e-3, lr_scheduler_type="linear", warmup_updates=4, kl_coef=0.25, missing_eos_penalty=2.5, reward_weights=(1.0, 0.0))
+REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE}){{0,3}} \\.")
+DEMO = dict(num_updates=20, response_length=24, missing_eos_penalty=3.0, kl_coef=0.25, learning_rate=1e-3,
+            lr_scheduler_type="linear", warmup_updates=3, reward_weights=(1.0, 0.0))
 
 
 def sentiment(prompts: list[str], completions: list[str], **columns) -> list[float]:
@@ -545,8 +569,8 @@ def fluency(prompts: list[str], completions: list[str], **columns) -> list[float
     return [float(bool(REVIEW.fullmatch(f"{prompt} {text}"))) for prompt, text in zip(prompts, completions)]
 
 
-def demo_task(seed: int, device: torch.device, steps: int = 130):
-    """A small Llama trained from nothing on film reviews from the grammar: (model, tokenizer, prompts, held-out prompts, rewards)."""
+def demo_task(seed: int, device: torch.device, steps: int = 160):
+    """A small Llama trained on film reviews from the grammar: (model, tokenizer, prompts, held-out prompts, rewards)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -558,7 +582,8 @@ def demo_task(seed: int, device: torch.device, steps: int = 130):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     lm = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=128, initializer_range=0.05, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)).to(device)
+        max_position_embeddings=128, initializer_range=0.05, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)).to(device)
 
     rng = random.Random(seed)
 
@@ -568,7 +593,7 @@ def demo_task(seed: int, device: torch.device, steps: int = 130):
 
     def review() -> str:
         text = clause()
-        while rng.random() < 0.3:
+        for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
             text += f" {rng.choice(LINKS)} {clause()}"
         return f"{text} . </s>"
 
@@ -582,9 +607,9 @@ def demo_task(seed: int, device: torch.device, steps: int = 130):
         optimizer.step()
         optimizer.zero_grad()
 
-    openings = [f"the {noun} {verb}" for noun in NOUNS for verb in VERBS]
-    openings += [f"the {noun} {verb} {adjective} but the {other} {verb}" for noun, other in zip(NOUNS, NOUNS[1:])
-                 for verb in VERBS for adjective in (GOOD[0], BAD[0])]
+    openings = [f"the {noun}" for noun in NOUNS]
+    openings += [f"{opening} {verb}" for opening in openings for verb in VERBS]
+    openings += [f"{opening} {adverb}" for opening in openings[len(NOUNS):] for adverb in ADVERBS]
     random.Random(0).shuffle(openings)
     rows = [{"prompt": prompt} for prompt in openings]
     return lm, tokenizer, rows[16:], rows[:16], [sentiment, fluency]
@@ -604,9 +629,9 @@ class Config:
     """
     # The task.
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
-    prompts: str | None = None  # file of prompts: .txt, one a line, or .jsonl, rows with "prompt" and columns for the reward; None: the demo's
+    prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and reward columns; None: the demo's
     eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, one or more, called f(prompts, completions, **columns) -> list of floats
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, one or more: f(prompts, completions, **columns) -> list of floats
     reward_weights: tuple[float, ...] | None = None  # weight of each reward in the score; 0 only measures; None: all 1
 
     # Where and how it runs.
@@ -614,7 +639,7 @@ class Config:
     runs_dir: str = "runs"  # folder of the runs
     seed: int = 1  # of everything: same seed, same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay as loaded; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay float32; auto: bfloat16 on CUDA
 
     # Rollout.
     num_updates: int = 100  # updates in all
@@ -659,26 +684,26 @@ class Config:
 
     def check(self) -> None:
         """Raise UsageError for the first setting that cannot be."""
-        def need(ok: bool, flag: str, expected: str) -> None:
-            if not ok:
-                raise UsageError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected {expected}")
+        def need(expected: str, ok: Callable[[float], bool], *flags: str) -> None:
+            for flag in flags:
+                x = getattr(self, flag)
+                if x is not None and not ok(x):
+                    raise UsageError(f"--{flag.replace('_', '-')} {x}: expected {expected}")
 
-        for flag in ("num_updates", "batch_size", "response_length", "num_ppo_epochs", "num_mini_batches", "micro_batch_size"):
-            need(getattr(self, flag) is None or getattr(self, flag) >= 1, flag, "1 or more")
-        for flag in ("gamma", "lam", "critic_lam"):
-            need(getattr(self, flag) is None or 0 <= getattr(self, flag) <= 1, flag, "a number in [0, 1]")
-        for flag in ("temperature", "learning_rate", "kl_target", "kl_horizon", "max_grad_norm", "cliprange_value", "target_kl"):
-            need(getattr(self, flag) is None or 0 < getattr(self, flag) < math.inf, flag, "a number above 0")
-        for flag in ("kl_coef", "vf_coef", "ent_coef", "missing_eos_penalty", "warmup_updates", "critic_warmup_updates", "seed"):
-            need(getattr(self, flag) is None or 0 <= getattr(self, flag) < math.inf, flag, "0 or more")
-        need(0 < self.cliprange < 1, "cliprange", "a number between 0 and 1")
-        need(self.cliprange_high is None or 0 < self.cliprange_high < math.inf, "cliprange_high", "a number above 0")
-        need(self.dual_clip is None or 1 < self.dual_clip < math.inf, "dual_clip", "a number above 1")
-        need(self.batch_size % self.num_mini_batches == 0, "num_mini_batches", f"a divisor of --batch-size {self.batch_size}")
-        need(self.kl_target is None or self.kl_coef > 0, "kl_coef", "a number above 0 to start from, with --kl-target")
-        for flag in ("prompts", "eval_prompts"):
-            need(getattr(self, flag) is None or Path(getattr(self, flag)).is_file(), flag, "a file that exists")
-        need(self.name is None or re.fullmatch(r"[\w.+-]+", self.name) is not None, "name", "letters, digits and ._+- only")
+        need("1 or more", lambda x: x >= 1, "num_updates", "batch_size", "response_length", "num_ppo_epochs", "num_mini_batches",
+             "micro_batch_size")
+        need("0 or more", lambda x: 0 <= x < math.inf, "seed", "kl_coef", "vf_coef", "ent_coef", "missing_eos_penalty",
+             "warmup_updates", "critic_warmup_updates")
+        need("a number above 0", lambda x: 0 < x < math.inf, "temperature", "learning_rate", "kl_target", "kl_horizon",
+             "max_grad_norm", "cliprange_high", "cliprange_value", "target_kl")
+        need("a number in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam", "critic_lam")
+        need("a number between 0 and 1", lambda x: 0 < x < 1, "cliprange")
+        need("a number above 1", lambda x: 1 < x < math.inf, "dual_clip")
+        need(f"a divisor of --batch-size {self.batch_size}", lambda x: self.batch_size % x == 0, "num_mini_batches")
+        need("letters, digits and ._+- only", lambda x: re.fullmatch(r"[\w.+-]+", x), "name")
+        need("a file that exists", lambda x: Path(x).is_file(), "prompts", "eval_prompts")
+        if self.kl_target is not None:
+            need("a number above 0 to start from, with --kl-target", lambda x: x > 0, "kl_coef")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,18 +730,21 @@ def timed(seconds: dict[str, float], name: str):
     seconds[name] += time.perf_counter() - start
 
 
-def collect(task: Task, rows: list[dict], cfg: Config, seconds: dict[str, float]) -> tuple[Rollout, Tensor, dict[str, Tensor], list[str]]:
+def collect(task: Task, rows: list[dict], cfg: Config,
+            seconds: dict[str, float]) -> tuple[Rollout, Tensor, dict[str, Tensor], list[str]]:
     """Steps 1 to 3 of an update on prompts `rows`: (rollout, scores [B], what each reward said {name: [B]}, replies)."""
     with timed(seconds, "generate"):
         queries, query_mask = tokenize(task.tokenizer, [row["prompt"] for row in rows], task.pad_id)
-        rollout = generate(task.actor, queries, query_mask, cfg.response_length, cfg.temperature, task.stop_ids, task.pad_id)
+        rollout = generate(task.actor, queries, query_mask, cfg.response_length, cfg.temperature, task.stop_ids,
+                           task.pad_id)
     with timed(seconds, "reward"):
         ids = [response[mask].tolist() for response, mask in zip(rollout.responses, rollout.mask)]
         replies = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
         judged = judge(task.rewards, rows, replies, ids)
         scores = sum(weight * judged[name] for weight, name in zip(task.weights, judged))
     with timed(seconds, "evaluate"):
-        evaluate(task.actor, task.ref, rollout, cfg.temperature, cfg.micro_batch_size or cfg.batch_size // cfg.num_mini_batches)
+        micro_batch_size = cfg.micro_batch_size or cfg.batch_size // cfg.num_mini_batches
+        evaluate(task.actor, task.ref, rollout, cfg.temperature, micro_batch_size)
     return rollout, scores, judged, replies
 
 
@@ -737,14 +765,15 @@ def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
 def rollout_metrics(rollout: Rollout, scores: Tensor, judged: dict[str, Tensor], kl_coef: float) -> dict[str, float]:
     """What the replies of an update were like: means over replies, or over valid tokens where the thing is a token's."""
     mask, kl = rollout.mask, reply_kl(rollout)
-    unexplained, spread = (masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (rollout.returns - rollout.values, rollout.returns))
+    error, spread = (masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+                     for x in (rollout.returns - rollout.values, rollout.returns))
     metrics = {
         "objective/scores": scores.mean(), "objective/scores_std": scores.std(correction=0), "objective/kl": kl.mean(),
         "objective/non_score_reward": -kl_coef * kl.mean(), "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
         **{f"rewards/{name}": part.mean() for name, part in judged.items()},
         "reply/length": mask.sum(1).float().mean(), "reply/ended": rollout.ended.float().mean(),
         "policy/sampler_gap": masked_mean((rollout.logprobs - rollout.sampler_logprobs).abs(), mask),
-        "val/mean": masked_mean(rollout.values, mask), "val/explained_variance": 1 - unexplained / spread.clamp(min=1e-8)}
+        "val/mean": masked_mean(rollout.values, mask), "val/explained_variance": 1 - error / spread.clamp(min=1e-8)}
     return {name: float(x) for name, x in metrics.items()}
 
 
@@ -763,7 +792,7 @@ def draw(rows: list[dict], start: int, count: int, seed: int) -> list[dict]:
 
 
 def reseed(*parts: int) -> None:
-    """Seed Python, NumPy and torch from numbers such as (seed, update): there is no generator state to save for a resume."""
+    """Seed Python, NumPy and torch from (seed, update), so that a resume needs no state of any generator."""
     from transformers import set_seed
 
     set_seed(random.Random(" ".join(map(str, parts))).getrandbits(32))
@@ -783,11 +812,11 @@ def load_model(name: str):
         raise UsageError(f"--model {name}: {str(e).splitlines()[0]}") from None
 
 
-def prepare(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward] | None = None, model: nn.Module | None = None,
-            tokenizer=None, eval_prompts: list | None = None) -> tuple[Task, list[dict], list[dict]]:
+def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> tuple[Task, list[dict], list[dict]]:
     """The task, its prompts and its held-out prompts, all checked: what is wrong is told before anything is written."""
     try:
-        device = torch.device(cfg.device) if cfg.device != "auto" else torch.accelerator.current_accelerator() or torch.device("cpu")
+        best = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = best if cfg.device == "auto" else torch.device(cfg.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {cfg.device}: expected a device that torch has here, such as cpu") from None
@@ -822,21 +851,27 @@ def prepare(cfg: Config, prompts: list | None = None, reward: Reward | list[Rewa
         if len(ids) != 1:
             raise UsageError(f"--stop-token {cfg.stop_token!r}: expected one token of this tokenizer, got {len(ids)}")
         stop_ids.add(ids[0])
-    longest = max(len(ids) for ids in tokenizer([row["prompt"] for row in rows + held_out])["input_ids"])
+    lengths = [len(ids) for ids in tokenizer([row["prompt"] for row in rows + held_out])["input_ids"]]
+    if min(lengths) == 0:
+        raise UsageError(f"the prompt {(rows + held_out)[lengths.index(0)]['prompt']!r} has no token in this tokenizer")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if longest + cfg.response_length > limit:
+    if max(lengths) + cfg.response_length > limit:
         raise UsageError(f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and the longest "
-                         f"prompt has {longest}; shorten one of them")
+                         f"prompt has {max(lengths)}; shorten one of them")
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token does: masks come from lengths
-    actor = Actor(model.to(device), getattr(torch, dtype))
+    try:
+        actor = Actor(model.to(device), getattr(torch, dtype))
+    except ValueError as e:
+        raise UsageError(str(e)) from None
     ref = copy.deepcopy(actor).requires_grad_(False)
-    named = {f.__name__ if i == 0 or f.__name__ != rewards[0].__name__ else f"{f.__name__}_{i}": f for i, f in enumerate(rewards)}
+    names = [getattr(f, "__name__", type(f).__name__) for f in rewards]
+    named = {f"{name}_{i}" if names.count(name) > 1 else name: f for i, (name, f) in enumerate(zip(names, rewards))}
     return Task(actor, ref, tokenizer, named, tuple(weights), sorted(stop_ids), pad_id), rows, held_out
 
 
 @contextlib.contextmanager
 def finish_on_signal():
-    """Yields a list to which the first Ctrl-C or SIGTERM is appended: stop after the update in hand. A second stops at once."""
+    """Yields a list that the first Ctrl-C or SIGTERM is appended to: finish the update in hand. A second stops at once."""
     asked = []
 
     def ask(number: int, frame) -> None:
@@ -855,16 +890,14 @@ def finish_on_signal():
             signal.signal(number, handler)
 
 
-def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward] | None = None, model: nn.Module | None = None,
-          tokenizer=None, eval_prompts: list | None = None) -> Path:
+def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward] | None = None,
+          model: nn.Module | None = None, tokenizer=None, eval_prompts: list | None = None) -> Path:
     """Run PPO and return the folder of the run. What is not passed comes from cfg or is the embedded demo.
 
     prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
-    f(prompts, completions, **columns) -> list of floats. model, tokenizer: from transformers; the model is trained in place.
+    f(prompts, completions, **columns) -> list of floats. model, tokenizer: of transformers; the model is trained in place.
     Raises UsageError, before anything is written, for what cannot be.
     """
-    from tqdm import tqdm
-
     seconds = defaultdict(float)
     cfg.check()
     kind = Path(cfg.model).name if cfg.model else "demo" if model is None else type(model).__name__
@@ -885,7 +918,7 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
     record(run, board, {"update": 0} | eval_metrics(before[0]))
 
     after, kl_coef, history = ({}, []), cfg.kl_coef, []
-    with finish_on_signal() as asked, tqdm(total=cfg.num_updates, dynamic_ncols=True, bar_format=BAR) as bar:
+    with finish_on_signal() as asked, progress(cfg.num_updates) as bar:
         for update in range(cfg.num_updates):
             reseed(cfg.seed, update)
             spent = defaultdict(float)
@@ -894,7 +927,7 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
             credit(rollout, scores, kl_coef, cfg)
             optimizer.param_groups[0]["lr"] = learning_rate(update, cfg)
             with timed(spent, "update"):
-                stats = ppo_update(task.actor, optimizer, rollout, kl_coef, cfg, critic_only=update < cfg.critic_warmup_updates)
+                stats = ppo_update(task.actor, optimizer, rollout, kl_coef, cfg, update < cfg.critic_warmup_updates)
 
             metrics = {"update": update + 1, "episode": (update + 1) * cfg.batch_size, "lr": learning_rate(update, cfg),
                        "kl_coef": kl_coef, **rollout_metrics(rollout, scores, judged, kl_coef), **stats,
@@ -906,7 +939,8 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
                 metrics |= eval_metrics(after[0])
             record(run, board, metrics)
             for prompt, reply, score, kl in list(zip(batch, replies, scores, reply_kl(rollout)))[:4]:
-                append(run / "samples.jsonl", {"update": update + 1, **prompt, "reply": reply, "score": float(score), "kl": float(kl)})
+                sample = {"update": update + 1, **prompt, "reply": reply, "score": float(score), "kl": float(kl)}
+                append(run / "samples.jsonl", sample)
             history.append(metrics)
             for name, x in spent.items():
                 seconds[name] += x
@@ -930,13 +964,22 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
 # 9. What a run leaves, and the command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+def progress(total: int):
+    """A bar on a terminal, a line every half minute in a log."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+
+
+def mean_and_error(x: Tensor) -> tuple[float, float]:
+    """Mean of n numbers and its standard error, s/√n."""
+    return float(x.mean()), float(x.var(correction=0) / max(1, len(x) - 1)) ** 0.5
 
 
 def eval_metrics(result: dict[str, Tensor]) -> dict[str, float]:
-    """Mean and standard error over the held-out replies."""
-    means = {f"eval/{name}": float(x.mean()) for name, x in result.items()}
-    return means | {f"eval/{name}_se": float(x.std() / len(x) ** 0.5) for name, x in result.items() if len(x) > 1}
+    return {f"eval/{name}{suffix}": y for name, x in result.items() for suffix, y in zip(("", "_se"), mean_and_error(x))}
 
 
 def append(path: Path, row: dict) -> None:
@@ -964,10 +1007,15 @@ def write_config(run: Path, cfg: Config, actor: Actor) -> None:
     """All that is needed to run it again."""
     import transformers
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
-    about = {"config": dataclasses.asdict(cfg), "command": sys.argv, "git_commit": git.stdout.strip() if git else "",
-             "device": str(actor.device), "dtype": str(actor.dtype), "parameters": sum(p.numel() for p in actor.parameters()),
-             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    about = {"config": dataclasses.asdict(cfg), "command": sys.argv, "git_commit": commit or None,
+             "device": str(actor.device), "dtype": str(actor.dtype),
+             "parameters": sum(p.numel() for p in actor.parameters()),
+             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                          "transformers": transformers.__version__}}
     (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -979,13 +1027,17 @@ def write_curves(path: Path, history: list[dict]) -> None:
     for i, name in enumerate(names):
         ys = [row[name] for row in history]
         low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1
-        points = " ".join(f"{20 + 200 * k / max(1, len(ys) - 1):.1f},{120 - 80 * (y - low) / (high - low):.1f}" for k, y in enumerate(ys))
-        panels.append(f'<g transform="translate({240 * i},0)"><text x="20" y="22" font-weight="bold">{name}</text>'
-                      f'<path d="M20 40V120H220" fill="none" stroke="#999"/><polyline points="{points}" fill="none" stroke="#06c" '
-                      f'stroke-width="2"/><text x="24" y="40">{high:.3g}</text><text x="24" y="116">{low:.3g}</text>'
+        points = " ".join(f"{50 + 170 * k / max(1, len(ys) - 1):.1f},{120 - 80 * (y - low) / (high - low):.1f}"
+                          for k, y in enumerate(ys))
+        panels.append(f'<g transform="translate({240 * i},0)"><text x="50" y="24" font-weight="bold">{name}</text>'
+                      f'<path d="M50 40V120H220" fill="none" stroke="#999"/>'
+                      f'<polyline points="{points}" fill="none" stroke="#06c" stroke-width="2"/>'
+                      f'<text x="45" y="44" text-anchor="end">{high:.3g}</text>'
+                      f'<text x="45" y="120" text-anchor="end">{low:.3g}</text>'
                       f'<text x="220" y="136" text-anchor="end">update {history[-1]["update"]}</text></g>')
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {240 * len(names)} 145" font-family="sans-serif" font-size="12">'
-                    f'<rect width="100%" height="100%" fill="#fff"/>{"".join(panels)}</svg>\n')
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {240 * len(names)} 145" '
+                    f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+                    f'{"".join(panels)}</svg>\n')
 
 
 def sparkline(ys: list[float], width: int = 40) -> str:
@@ -1007,14 +1059,15 @@ def report(run: Path, held_out: list[dict], before, after, history: list[dict], 
                 print(textwrap.fill(text, width, initial_indent=f"    {label:8}", subsequent_indent=" " * 12))
         print(f"\nHeld-out evaluation ({len(after[1])} replies)  {'before':>16}  {'after':>16}")
         for name in after[0]:
-            cells = [f"{float(x.mean()):.2f} ± {float(x.std() / len(x) ** 0.5):.2f}" for x in (before[0][name], after[0][name])]
+            cells = ["{:.2f} ± {:.2f}".format(*mean_and_error(result[0][name])) for result in (before, after)]
             print(f"  {name:32}  {cells[0]:>16}  {cells[1]:>16}")
     print("\nLearning curves")
     for label, name in (("score", "objective/scores"), ("KL, nats a reply", "objective/kl")):
         ys = [row[name] for row in history]
         print(f"  {label:18}{sparkline(ys)}  {ys[0]:.2f} → {ys[-1]:.2f}")
     phases = ", ".join(f"{name} {x:.1f}" for name, x in seconds.items())
-    print(textwrap.fill(f"Time {sum(seconds.values()):.1f} s: {phases}", width, initial_indent="\n", subsequent_indent="  "))
+    print()
+    print(textwrap.fill(f"Time {sum(seconds.values()):.1f} s: {phases}", width, subsequent_indent="  "))
     print(f"\nLoad the policy   AutoModelForCausalLM.from_pretrained('{run}/policy')")
     print(f"Open the curves   {run}/curves.svg, or: tensorboard --logdir {run.parent}")
 
@@ -1031,7 +1084,8 @@ def parse(argv: list[str]) -> Config:
     except SystemExit as e:
         lines = [line.strip("│ ") for line in refused.getvalue().splitlines()[1:-1]]
         if e.code:
-            raise UsageError(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines)) + " (see --help)") from None
+            message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
+            raise UsageError(f"{message} (see --help)") from None
         raise
 
 
@@ -1048,7 +1102,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as e:
         print(f"ppo_llm.py: {e}", file=sys.stderr)
         return 2
-    except RuntimeError as e:
+    except RunError as e:
         print(f"ppo_llm.py: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

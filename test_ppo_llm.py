@@ -727,6 +727,7 @@ def files(tmp_path_factory):
     (folder / "lacks.jsonl").write_text('{"prompt": "t1"}\n{"text": "t1"}\n')
     (folder / "empty.txt").write_text("\n")
     (folder / "latin.txt").write_bytes(b"t1\n\xff\n")
+    (folder / "broken.py").write_text("import nothing_of_this_name\n")
     (folder / "rewards.py").write_text("def answers(prompts, completions, **columns):\n    return [float(a) for a in columns['answer']]\n"
                                        "def short(prompts, completions, **columns):\n    return [0.0]\n"
                                        "def nan(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n")
@@ -815,7 +816,7 @@ BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--temperature 0", 2, "--temperature 0.0: expected a number above 0"),
     ("--learning-rate inf", 2, "--learning-rate inf"),
     ("--kl-coef -1", 2, "--kl-coef -1.0: expected 0 or more"),
-    ("--kl-coef 0 --kl-target 6", 2, "--kl-coef 0.0"),
+    ("--kl-coef 0 --kl-target 6", 2, "--kl-coef 0.0: expected a number above 0 to start from"),
     ("--kl-estimator k4", 2, "k4"),
     ("--seed -1", 2, "--seed -1"),
     ("--no-such-flag 1", 2, "--no-such-flag"),
@@ -832,10 +833,12 @@ BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--model {f}/model --prompts {f}/empty.txt --reward {f}/rewards.py:short", 2, "empty.txt holds no prompts"),
     ("--model {f}/model --prompts {f}/latin.txt --reward {f}/rewards.py:short", 2, "latin.txt, line 2"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:missing", 2, "has no function missing"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/broken.py:f", 2, "broken.py cannot be imported: ModuleNotFoundError"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/nowhere.py:f", 2, "expected FILE.py:FUNCTION"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --stop-token 't1 t2'", 2, "--stop-token"),
-    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8", 1, "reward short: expected"),
-    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:nan --response-length 8", 1, "reward nan: expected"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8", 1, "reward short: expected 128 numbers, one a completion, got 1"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:answers --response-length 8", 1, "reward answers failed at rewards.py:2: KeyError: 'answer'"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:nan --response-length 8", 1, "reward nan gave nan to the prompt 't"),
 ]
 
 
@@ -846,7 +849,7 @@ def test_bad_input_is_refused_in_one_line(arguments, status, message, files, tmp
     monkeypatch.setattr(P, "demo_task", lambda seed, device: quick_demo(seed, device, 1))
     assert P.main(shlex.split(arguments.format(f=files))) == status
     err = capsys.readouterr().err.strip().splitlines()
-    assert len([line for line in err if "it/s" not in line]) == 1 and err[-1].startswith("ppo_llm.py: ") and message in err[-1]
+    assert len([line for line in err if "%|" not in line]) == 1 and err[-1].startswith("ppo_llm.py: ") and message in err[-1]
     assert status == 1 or not (tmp_path / "runs").exists()
 
 
@@ -911,3 +914,29 @@ def test_requirements_and_inline_metadata_agree():
     ranges = {r.name: r for r in map(Requirement, re.findall(r'"([^"]+)"', block.split("dependencies")[1]))}
     assert set(pins) == set(ranges) | {"pytest", "hypothesis"}
     assert all(ranges[name].specifier.contains(pins[name]) for name in ranges)
+
+
+def test_readme_names_only_what_exists():
+    """The table function ↔ equation ↔ test: each name in it is one of the module's or of this file's."""
+    table = re.search(r"\| function \| equation \| tests \|\n(.*?)\n\n", (HERE / "README.md").read_text(), re.S).group(1)
+    rows = [row.split("|") for row in table.splitlines()[1:]]
+    functions, tests = (re.findall(r"`(\w+)`", " ".join(row[i] for row in rows)) for i in (1, 3))
+    assert {"gae", "policy_loss", "value_loss", "ppo_loss"} <= set(functions)
+    assert all(callable(getattr(P, name)) for name in functions) and all(callable(globals()[name]) for name in tests)
+
+
+def test_readme_code_runs_and_its_metrics_are_those_of_a_run(files, tmp_path, monkeypatch):
+    """The reward and the library example of the README, on a small folder in place of gpt2. Each metric has a row in its table."""
+    readme = (HERE / "README.md").read_text()
+    reward, library, load = re.findall(r"```python\n(.*?)```", readme, re.S)
+    (tmp_path / "rewards.py").write_text(reward)
+    (tmp_path / "prompts.jsonl").write_text((files / "prompts.jsonl").read_text())
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"    python ppo_llm.py (--model gpt2 --prompts .*)\n", readme).group(1).replace("gpt2", str(files / "model"))
+    assert P.main(command.split() + ["--num-updates", "1", "--response-length", "8", "--name", "NAME"]) == 0
+    exec(load, {})
+    exec(library.replace("gpt2", str(files / "model")).replace("num_updates=200", "num_updates=1, response_length=8"), {})
+    documented = re.findall(r"`([\w/*]+)`", re.search(r"\| metric \| meaning \|\n(.*?)\n\n", readme, re.S).group(1))
+    patterns = [name.replace("*", r"\w+").replace("NAME", r"\w+") for name in documented]
+    for row in lines(tmp_path / "runs" / "NAME" / "metrics.jsonl"):
+        assert [key for key in row if key != "update" and not any(re.fullmatch(p, key) for p in patterns)] == []
