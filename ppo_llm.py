@@ -1020,20 +1020,21 @@ def write_config(run: Path, cfg: Config, actor: Actor) -> None:
 
 
 def write_curves(path: Path, history: list[dict]) -> None:
-    """The learning curves as a picture: a panel each for the score, the KL, and every reward if there are several."""
-    names = ["objective/scores", "objective/kl"] + [name for name in history[0] if name.startswith("rewards/")]
-    names = names if len(names) > 3 else names[:2]
+    """The learning curves as a picture: a panel each for the score, the KL, and every reward that is not all of the score."""
+    names = ["objective/scores", "objective/kl"]
+    names += [name for name in history[0] if name.startswith("rewards/")
+              and any(row[name] != row["objective/scores"] for row in history)]
     panels = []
     for i, name in enumerate(names):
         ys = [row[name] for row in history]
-        low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1
+        low, high = min(0.0, *ys), max(0.0, *ys, min(ys) + 1e-9)
         points = " ".join(f"{50 + 170 * k / max(1, len(ys) - 1):.1f},{120 - 80 * (y - low) / (high - low):.1f}"
                           for k, y in enumerate(ys))
         panels.append(f'<g transform="translate({240 * i},0)"><text x="50" y="24" font-weight="bold">{name}</text>'
                       f'<path d="M50 40V120H220" fill="none" stroke="#999"/>'
                       f'<polyline points="{points}" fill="none" stroke="#06c" stroke-width="2"/>'
-                      f'<text x="45" y="44" text-anchor="end">{high:.3g}</text>'
-                      f'<text x="45" y="120" text-anchor="end">{low:.3g}</text>'
+                      f'<text x="45" y="44" text-anchor="end">{high:.2f}</text>'
+                      f'<text x="45" y="120" text-anchor="end">{low:.2f}</text>'
                       f'<text x="220" y="136" text-anchor="end">update {history[-1]["update"]}</text></g>')
     path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {240 * len(names)} 145" '
                     f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
@@ -1069,7 +1070,8 @@ def report(run: Path, held_out: list[dict], before, after, history: list[dict], 
     print()
     print(textwrap.fill(f"Time {sum(seconds.values()):.1f} s: {phases}", width, subsequent_indent="  "))
     print(f"\nLoad the policy   AutoModelForCausalLM.from_pretrained('{run}/policy')")
-    print(f"Open the curves   {run}/curves.svg, or: tensorboard --logdir {run.parent}")
+    board = f", or: tensorboard --logdir {run.parent}" if importlib.util.find_spec("tensorboard") else ""
+    print(f"Open the curves   {run}/curves.svg{board}")
 
 
 def parse(argv: list[str]) -> Config:

@@ -743,6 +743,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
     """A third of the demo, as a user runs it: the held-out score rises by more than 1, and every file is there and loads."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -771,6 +772,7 @@ def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
     assert again.returncode == 2 and "runs/demo exists" in again.stderr and lines(run / "metrics.jsonl") == metrics
 
 
+@pytest.mark.slow
 def test_as_a_library_twice_the_same(tmp_path):
     """`train` with a model, a list of prompts and a callable: the score rises; the same seed gives the same metrics and weights."""
     results = []
@@ -877,6 +879,7 @@ def test_every_flag_is_read_and_explained():
             assert "None" in explained, f.name
 
 
+@pytest.mark.slow
 def test_interrupt_finishes_the_update_and_saves(files, tmp_path):
     """Ctrl-C once: the update in hand is finished and logged, the policy saved, the exit status 130."""
     import signal
