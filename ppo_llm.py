@@ -910,7 +910,10 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
         task, rows, held_out = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
     optimizer = torch.optim.AdamW(task.actor.parameters(), lr=cfg.learning_rate, eps=1e-5, weight_decay=0.0,
                                   fused=task.actor.device.type in ("cpu", "cuda"))
-    run.mkdir(parents=True)
+    try:
+        run.mkdir(parents=True)
+    except OSError as e:
+        raise UsageError(f"cannot create {run}: {e.strerror}; give another --runs-dir or --name") from None
     write_config(run, cfg, task.actor)
     board = tensorboard(run)
     with timed(seconds, "held-out"):

@@ -824,6 +824,7 @@ BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--no-such-flag 1", 2, "--no-such-flag"),
     ("--name a/b", 2, "--name a/b"),
     ("--device warp", 2, "--device warp"),
+    ("--runs-dir {f}/rewards.py", 2, "rewards.py"),
     ("--prompts nowhere.txt", 2, "--prompts nowhere.txt: expected a file that exists"),
     ("--prompts {f}/prompts.txt", 2, "give --model too"),
     ("--reward-weights 1", 2, "--reward-weights: expected 2 of them, one a reward, got 1"),
