@@ -30,11 +30,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import hashlib
 import importlib.util
 import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -213,10 +216,11 @@ class Rollout:
     sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, only compared with `logprobs`
     logprobs: Tensor | None = None  # [B, T] log π_old of each token, frozen
     ref_logprobs: Tensor | None = None  # [B, T] the same under the reference
-    values: Tensor | None = None  # [B, T] V_old of the state before each token, frozen
+    values: Tensor | None = None  # [B, T] V_old of the state before each token, frozen: the baseline
+    predictions: Tensor | None = None  # [B, T] what the critic is trained on: V_old again, or Q_old of state and token
     final_values: Tensor | None = None  # [B] V_old of the state after the last token
     advantages: Tensor | None = None  # [B, T]
-    returns: Tensor | None = None  # [B, T] what the value head is regressed on
+    returns: Tensor | None = None  # [B, T] what the critic is regressed on
     weights: Tensor | None = None  # [B, T] share of each token in the losses of its optimizer step
     valid: Tensor | None = None  # [N] where the mask is True in the flattened [B, T]; made by `rows`
 
@@ -243,29 +247,53 @@ class Rollout:
 
 
 class Actor(nn.Module):
-    """A Hugging Face causal language model as the policy, and a linear value head on its last hidden states.
+    """A Hugging Face causal language model as the policy, and a critic: a linear head on last hidden states.
 
     The trunk (`lm.base_model`) and the vocabulary head are called apart, so that logits are computed only where a
-    response token is predicted. A model whose logits are not head(trunk(x)) is refused, see the check at the end.
+    response token is predicted. critic: None, the value head stands on the policy's own trunk; or a model that gives it
+    a trunk of its own, and its `score` head to start from if it is a sequence classifier. action_values: the head gives
+    Q(s, ·), a number for each token of the vocabulary, and not V(s). ValueError for a model that cannot work.
     """
 
-    def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32):
+    def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32, critic: nn.Module | None = None,
+                 action_values: bool = False):
         super().__init__()
-        self.lm, self.dtype = lm.eval(), dtype  # eval for good: with dropout the first ratio would not be 1
-        config = lm.config
-        self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.lm, self.dtype, self.action_values = lm.eval(), torch.float32, action_values  # eval: dropout moves the ratio
+        self.critic_trunk = None if critic is None else critic.base_model.eval()
+        self.logit_scale = getattr(lm.config, "logit_scale", None) or 1 / (getattr(lm.config, "logits_scaling", None) or 1)
+        self.softcap = getattr(lm.config, "final_logit_softcapping", None)
         weight = lm.get_output_embeddings().weight  # [V, H]
-        self.value_head = nn.Linear(weight.shape[1], 1).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        nn.init.zeros_(self.value_head.weight)  # V = 0 at the start: the first advantages are plain returns
-        nn.init.zeros_(self.value_head.bias)
-        with torch.no_grad(), self.autocast():
-            ids = torch.arange(6, device=weight.device).view(2, 3) % len(weight)
-            ours, own = self.logits(self.trunk(ids, torch.ones_like(ids))), lm(input_ids=ids).logits
-        ours, own = ours.float(), own.float()
-        if not torch.allclose(ours, own, rtol=0.01, atol=0.01 * own.std().item()):
-            raise ValueError(f"{type(lm).__name__} cannot be trained here: its logits are not a scaled or soft-capped "
-                             "linear map of its base model's last hidden state; use another kind of model")
+        score = getattr(critic, "score", None)
+        width = (score or (critic or lm).get_output_embeddings()).weight.shape[1]
+        self.value_head = nn.Linear(width, len(weight) if action_values else 1)
+        self.value_head.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        with torch.no_grad():  # V = 0 at the start: the first advantages are plain returns
+            self.value_head.weight.copy_(torch.zeros(1) if score is None else score.weight)
+            self.value_head.bias.zero_()
+        for model in (lm,) if critic is None else (lm, critic):
+            self.check(model)
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model whose states or logits, left-padded and with a cache, are not those of its own forward."""
+        from transformers import DynamicCache
+
+        ids = torch.arange(1, 7, device=self.device).view(1, 6) % model.get_input_embeddings().weight.shape[0]
+        padded, attention = F.pad(ids, (2, 0)), F.pad(torch.ones_like(ids), (2, 0))
+        try:
+            cache = DynamicCache(config=model.config)
+            ours = torch.cat([self.trunk(padded[:, :5], attention[:, :5], cache, model.base_model),
+                              self.trunk(padded[:, 5:], attention, cache, model.base_model)], 1)[:, 2:]
+            own = model.base_model(input_ids=ids).last_hidden_state
+            if model is self.lm:
+                ours, own = self.logits(ours), model(input_ids=ids).logits
+            fault = "" if (own - ours).abs().max() < 0.02 * own.std() else (
+                "left-padded and with a cache, or through a scaled or soft-capped linear head, its output is not that of its forward")
+        except Exception as e:
+            fault = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+        if fault:
+            raise ValueError(f"{type(model).__name__} cannot be trained here ({fault}); use another kind of model")
 
     @property
     def device(self) -> torch.device:
@@ -274,12 +302,13 @@ class Actor(nn.Module):
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def trunk(self, ids: Tensor, attention: Tensor, cache=None) -> Tensor:  # [b, L], [b, cached + L] -> [b, L, H]
-        """Last hidden states. Positions count real tokens only: left padding must not shift them."""
+    def trunk(self, ids: Tensor, attention: Tensor, cache=None, base=None) -> Tensor:  # [b, L], [b, cached + L] -> [b, L, H]
+        """Last hidden states, of the policy or of `base`. Positions count real tokens only: left padding must not shift them."""
         positions = (attention.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         with self.autocast():
-            return self.lm.base_model(input_ids=ids, attention_mask=attention.long(), position_ids=positions,
-                                      past_key_values=cache, use_cache=cache is not None).last_hidden_state
+            return (base or self.lm.base_model)(
+                input_ids=ids, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
+                use_cache=cache is not None).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:  # [..., H] -> [..., V], at least float32
         with self.autocast():
@@ -287,14 +316,30 @@ class Actor(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def states(self, batch: Rollout) -> Tensor:  # -> [b, T + 1, H]
+    def states(self, batch: Rollout, base=None) -> Tensor:  # -> [b, T + 1, H]
         """State t predicts response token t, state T follows the last token. The only place that shifts."""
         ids = torch.cat([batch.queries, batch.responses], 1)
         attention = torch.cat([batch.query_mask, torch.ones_like(batch.mask)], 1)  # what follows a reply is never looked at
-        return self.trunk(ids, attention)[:, batch.queries.shape[1] - 1:]
+        return self.trunk(ids, attention, base=base)[:, batch.queries.shape[1] - 1:]
 
-    def values(self, states: Tensor) -> Tensor:  # [b, T + 1, H] -> [b, T + 1]
-        return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+    def critic_states(self, batch: Rollout, states: Tensor) -> Tensor:  # -> [b, T + 1, H]
+        return states if self.critic_trunk is None else self.states(batch, self.critic_trunk)
+
+    def predictions(self, critic_states: Tensor, batch: Rollout) -> Tensor:  # [b, T + 1, H] -> [b, T]
+        """What the critic is trained on: V of the state before each token, or Q of that state and the token."""
+        x = critic_states[:, :-1].to(self.value_head.weight.dtype)
+        if self.action_values:  # only the rows of the sampled tokens
+            return (x * self.value_head.weight[batch.responses]).sum(-1) + self.value_head.bias[batch.responses]
+        return self.value_head(x).squeeze(-1)
+
+    def values(self, critic_states: Tensor, states: Tensor, temperature: float) -> Tensor:  # [b, T + 1, H] each -> [b, T + 1]
+        """The baseline of every state: V(s), or Σ_a π(a|s)·Q(s, a)."""
+        x = critic_states.to(self.value_head.weight.dtype)
+        if not self.action_values:
+            return self.value_head(x).squeeze(-1)
+        chunks = zip(*(y.flatten(0, 1).split(self.tokens_at_once) for y in (x, states)))
+        return torch.cat([((self.logits(y) / temperature).softmax(-1) * self.value_head(z)).sum(-1)
+                          for z, y in chunks]).view(states.shape[:2])
 
     def logprobs(self, states: Tensor, batch: Rollout, temperature: float) -> tuple[Tensor, Tensor]:  # -> [b, T], [b, T]
         """log π of the response tokens and the entropy of π at each; 0 where the mask is False.
@@ -304,19 +349,22 @@ class Actor(nn.Module):
         """
         packed = states[:, :-1].flatten(0, 1)[batch.valid]  # [N, H]
         tokens = batch.responses.flatten()[batch.valid]  # [N]
-        size = max(1, LOGITS_AT_ONCE // self.lm.get_output_embeddings().weight.shape[0])
 
         def head(packed: Tensor, tokens: Tensor) -> Tensor:  # [n, H], [n] -> [2, n]
             logits = self.logits(packed)
             logprobs = logprobs_from_logits(logits, tokens, temperature)
             return torch.stack([logprobs, entropy_from_logits(logits, temperature)])
 
-        if len(packed) <= size:
+        if len(packed) <= self.tokens_at_once:
             both = head(packed, tokens)
         else:
             both = torch.cat([checkpoint(head, *chunk, use_reentrant=False)
-                              for chunk in zip(packed.split(size), tokens.split(size))], 1)
+                              for chunk in zip(packed.split(self.tokens_at_once), tokens.split(self.tokens_at_once))], 1)
         return tuple(x.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in both)
+
+    @property
+    def tokens_at_once(self) -> int:
+        return max(1, LOGITS_AT_ONCE // self.lm.get_output_embeddings().weight.shape[0])
 
 
 LOGITS_AT_ONCE = 2**26  # vocabulary logits alive at a time: 256 MB in float32
@@ -348,7 +396,8 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
     for t in range(response_length):
         states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
         distribution = F.log_softmax(actor.logits(states) / temperature, dim=-1)  # [b, V]
-        ids = torch.multinomial(distribution.exp(), 1)  # [b, 1]
+        noise = torch.empty_like(distribution).exponential_()  # argmax π/Exp(1) samples π: multinomial, without its host check
+        ids = (distribution.exp() / noise).argmax(-1, keepdim=True)  # [b, 1]
         responses[alive, t] = ids.squeeze(1)
         logprobs[alive, t] = distribution.gather(1, ids).squeeze(1).to(logprobs.dtype)
         stopped |= torch.isin(ids.squeeze(1), stop)
@@ -370,17 +419,18 @@ def evaluate(actor: Actor, ref: Actor, rollout: Rollout, temperature: float, mic
     """Fill in log-probabilities and values of every response token, by the same forward that training uses."""
     B, T = rollout.mask.shape
     kind = dict(dtype=actor.value_head.weight.dtype)
-    rollout.logprobs, rollout.ref_logprobs, rollout.values = torch.zeros(3, B, T, **kind)
+    rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.predictions = torch.zeros(4, B, T, **kind)
     rollout.final_values = torch.zeros(B, **kind)
     for rows in rollout.micro_batches(torch.arange(B), micro_batch_size):
         batch = rollout.rows(rows, actor.device)
         states = actor.states(batch)
         logprobs, _ = actor.logprobs(states, batch, temperature)
         ref_logprobs, _ = ref.logprobs(ref.states(batch), batch, temperature)
-        values = actor.values(states)  # [b, t + 1]
-        t = logprobs.shape[1]
-        for name, x in dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values[:, :-1]).items():
-            getattr(rollout, name)[rows, :t] = x.to(**kind).cpu()
+        critic_states = actor.critic_states(batch, states)
+        values = actor.values(critic_states, states, temperature)  # [b, t + 1]
+        for name, x in dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values[:, :-1],
+                            predictions=actor.predictions(critic_states, batch)).items():
+            getattr(rollout, name)[rows, :x.shape[1]] = x.to(**kind).cpu()
         rollout.final_values[rows] = values.gather(1, batch.mask.sum(1, keepdim=True)).squeeze(1).cpu()
 
 
@@ -412,8 +462,8 @@ def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
     mask, weights = batch.mask, batch.weights
     with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_only):
         states = actor.states(batch)
-    new_values = actor.values(states)[:, :-1]
-    vf_loss, stats = value_loss(new_values, batch.values, batch.returns, mask, cfg.cliprange_value, weights)
+    predictions = actor.predictions(actor.critic_states(batch, states), batch)
+    vf_loss, stats = value_loss(predictions, batch.predictions, batch.returns, mask, cfg.cliprange_value, weights)
     loss = cfg.vf_coef * vf_loss
     stats["loss/value"] = vf_loss.detach()
     if critic_only:
@@ -431,8 +481,11 @@ def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
 
 def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout, kl_coef: float, cfg: Config,
                critic_only: bool = False) -> dict[str, float]:
-    """Several epochs of shuffled minibatches, an optimizer step each. Returns metrics, means over all their valid tokens."""
-    totals, tokens, norms = defaultdict(float), 0, []
+    """Several epochs of shuffled minibatches, an optimizer step each. Returns metrics, means over all their valid tokens.
+
+    A step whose loss or gradient is not finite is left out and counted, and so are its metrics.
+    """
+    totals, tokens, norms, skipped = defaultdict(float), 0, [], 0
     rollout.weights = torch.zeros_like(rollout.advantages)
     epochs = [torch.randperm(len(rollout.mask)).chunk(cfg.num_mini_batches) for _ in range(cfg.num_ppo_epochs)]
     for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:
@@ -442,21 +495,26 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
         else:  # every reply counts the same, its tokens share its part
             rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
         optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
-        approxkl = 0.0
+        step = defaultdict(float)  # sums over the step's tokens
         for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch)):
             batch = rollout.rows(rows, actor.device)
             loss, stats = ppo_loss(actor, batch, kl_coef, cfg, critic_only)
             loss.backward()
             for name, x in stats.items():  # a loss is a part of the step's weighted sum, the rest means over these tokens
-                totals[name] += x * (mask.sum() if name.startswith("loss/") else len(batch.valid))
-            approxkl += stats.get("policy/approxkl", 0.0) * len(batch.valid) / mask.sum()
-            tokens += len(batch.valid)
-        if cfg.target_kl is not None and approxkl > cfg.target_kl:
+                step[name] += x * (mask.sum() if name.startswith("loss/") else len(batch.valid))
+        norm = nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm or math.inf)
+        if not math.isfinite(norm + sum(step.values())):
+            skipped += 1
+            continue
+        tokens += int(mask.sum())
+        for name, x in step.items():
+            totals[name] += float(x)
+        if cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl * mask.sum():
             break
-        norms.append(nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm or math.inf))
+        norms.append(float(norm))
         optimizer.step()
-    metrics = {name: float(total) / tokens for name, total in totals.items()}
-    return metrics | {"policy/grad_norm": float(sum(norms)) / max(1, len(norms)), "policy/steps": len(norms)}
+    return {name: total / tokens for name, total in totals.items()} | {
+        "policy/grad_norm": sum(norms) / max(1, len(norms)), "policy/steps": len(norms), "policy/skipped_steps": skipped}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,7 +529,27 @@ class UsageError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What stops a run that has begun, such as a reward function that fails: one line, exit status 1."""
+    """What stops a run that has begun: one line, exit status 1."""
+
+
+class RewardError(RunError):
+    """A reward that fails. The policy is sound, so the run is saved first."""
+
+
+@dataclass
+class Prompt:
+    row: dict  # "prompt", a string or a list of chat messages, and the columns for the reward functions
+    ids: list[int]  # its tokens
+
+
+def as_row(x: str | dict) -> dict:
+    """A prompt, or a row with one, as a row; ValueError if it is neither."""
+    row = {"prompt": x} if isinstance(x, str) else x
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    if not (chat or isinstance(prompt, str)) or not prompt or not str(prompt).strip():
+        raise ValueError('expected a "prompt": a string that is not empty, or chat messages with "role" and "content"')
+    return row
 
 
 def load_prompts(path: str) -> list[dict]:
@@ -483,65 +561,168 @@ def load_prompts(path: str) -> list[dict]:
         raise UsageError(f"cannot read the prompts {path}: {e.strerror}") from None
     for number, line in enumerate(lines, 1):
         try:
-            text = line.decode()
-            if not text.strip():
-                continue
-            row = json.loads(text) if path.endswith(".jsonl") else {"prompt": text}
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-                raise ValueError('expected an object with a non-empty string "prompt"')
+            text = line.decode("utf-8-sig")
+            if text.strip():
+                rows.append(as_row(json.loads(text) if path.endswith(".jsonl") else text))
         except ValueError as e:
             raise UsageError(f"{path}, line {number}: {e}") from None
-        rows.append(row)
     if not rows:
         raise UsageError(f"{path} holds no prompts")
     return rows
 
 
-def load_reward(spec: str) -> Reward:
-    """The function that `path/to/file.py:function` names."""
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise UsageError(f"--reward {spec}: expected FILE.py:FUNCTION with a file that exists")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as e:
-        raise UsageError(f"--reward {spec}: {path} cannot be imported: {type(e).__name__}: {e}") from e
-    if not callable(getattr(module, name, None)):
-        raise UsageError(f"--reward {spec}: {path} has no function {name}")
-    return getattr(module, name)
+def tokens_of(tokenizer, text: str | list[dict], **template) -> list[int]:
+    """Token ids of a string, or of chat messages by the tokenizer's template, which writes all special tokens itself."""
+    if isinstance(text, str):
+        return tokenizer(text)["input_ids"]
+    text = tokenizer.apply_chat_template(text, tokenize=False, **template)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def tokenize(tokenizer, prompts: list[str], pad_id: int) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
-    """Left-padded prompts and their mask, from lengths: the pad token may be any."""
-    rows = tokenizer(prompts)["input_ids"]
+def encode(tokenizer, rows: list[dict]) -> list[Prompt]:
+    """Tokenize the prompts, and give every row the columns of all. An assistant's last message is to be gone on with."""
+    columns, prompts = dict.fromkeys(key for row in rows for key in row), []
+    for row in rows:
+        if not isinstance(row["prompt"], str) and not tokenizer.chat_template:
+            raise UsageError("the prompts are chat messages and the model's tokenizer has no chat template: give strings")
+        go_on = not isinstance(row["prompt"], str) and row["prompt"][-1]["role"] == "assistant"
+        ids = tokens_of(tokenizer, row["prompt"], add_generation_prompt=not go_on, continue_final_message=go_on)
+        if not ids:
+            raise UsageError(f"the prompt {row['prompt']!r} has no token in this tokenizer")
+        prompts.append(Prompt({key: row.get(key) for key in columns}, ids))
+    return prompts
+
+
+def left_pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
+    """Left-padded token ids and their mask, from lengths: the pad token may be any."""
     width = max(map(len, rows))
     mask = torch.arange(width) >= width - torch.tensor([len(row) for row in rows]).unsqueeze(1)
     return torch.tensor([[pad_id] * (width - len(row)) + row for row in rows]), mask
 
 
-def judge(rewards: dict[str, Reward], rows: list[dict], completions: list[str],
-          completion_ids: list[list[int]]) -> dict[str, Tensor]:
-    """What each reward function says of each reply: {name: [B]}."""
-    columns = {key: [row.get(key) for row in rows] for key in rows[0]}
-    prompts = columns.pop("prompt")
+def load(kind: str, name: str, flag: str, trust_remote_code: bool, **options):
+    """Auto{kind} of transformers from a folder or the hub. A model whose file lacks weights is refused: they would be random."""
+    import transformers
+
+    try:
+        loaded = getattr(transformers, f"Auto{kind}").from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except Exception as e:
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        if "trust_remote_code" in str(e):
+            reason = "it comes with code of its own: give --trust-remote-code if you trust it"
+        raise UsageError(f"--{flag} {name}: {reason}") from None
+    if kind == "Tokenizer":
+        return loaded
+    model, info = loaded
+    if info["missing_keys"]:
+        raise UsageError(f"--{flag} {name}: it holds no {sorted(info['missing_keys'])[0]}, which a "
+                         f"{kind.replace('ModelFor', '')} model has; give another")
+    return model
+
+
+def load_model(name: str, flag: str, trust_remote_code: bool, kind: str = "CausalLM") -> nn.Module:
+    """A model, its weights in float32."""
+    return load(f"ModelFor{kind}", name, flag, trust_remote_code, dtype=torch.float32, output_loading_info=True)
+
+
+def load_reward(spec: str) -> Reward:
+    """The function that `path/to/file.py:function` or `module:function` names."""
+    path, _, name = spec.rpartition(":")
+    try:
+        if path.endswith(".py"):
+            module_spec = importlib.util.spec_from_file_location(path, path)
+            module = sys.modules[path] = importlib.util.module_from_spec(module_spec)
+            module_spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(path)
+    except Exception as e:
+        raise UsageError(f"--reward {spec}: expected FILE.py:FUNCTION or MODULE:FUNCTION, and {path or 'nothing'} cannot be "
+                         f"imported: {type(e).__name__}: {e}") from e
+    if not callable(getattr(module, name, None)):
+        raise UsageError(f"--reward {spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def load_reward_model(name: str, chat: bool, device: torch.device, dtype: torch.dtype, cfg: Config) -> Reward:
+    """A sequence-classification model as a reward function, with its own tokenizer and chat template.
+
+    It scores prompt and reply together, each text as if alone. Of a text too long for it, it sees the first token and the end.
+    """
+    model = load_model(name, "reward-model", cfg.trust_remote_code, "SequenceClassification").to(device).eval()
+    tokenizer = load("Tokenizer", name, "reward-model", cfg.trust_remote_code)
+    config = model.config.get_text_config()
+    if chat and not tokenizer.chat_template:
+        raise UsageError(f"--reward-model {name}: the prompts are chat messages and its tokenizer has no chat template")
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if len(labels) > 1 and cfg.reward_label not in labels:
+        raise UsageError(f"--reward-label {cfg.reward_label}: expected one of {', '.join(labels)}, the labels of {name}")
+    column = labels.index(cfg.reward_label) if len(labels) > 1 else 0
+    longest = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
+    own_pad, told = config.pad_token_id, False
+
+    @torch.inference_mode()
+    def score(prompts: list, completions: list, **columns) -> list[float]:
+        nonlocal told
+        rows = [tokens_of(tokenizer, p + c) for p, c in zip(prompts, completions)]
+        cut = sum(len(row) > longest for row in rows)
+        if cut and not told:
+            told = True
+            print(f"\nreward model {name}: {cut} of {len(rows)} texts are longer than its {longest} tokens and lose their "
+                  "beginning (said once)", file=sys.stderr)
+        rows = [row if len(row) <= longest else row[:1] + row[len(row) - longest + 1:] for row in rows]
+        if own_pad is None:  # such a decoder scores the last token; to find that in a batch it needs a pad token that no text has
+            config.pad_token_id = min(set(range(config.vocab_size)).difference(*rows), default=None)
+        size = 1 if config.pad_token_id is None else cfg.rows_at_once
+        scores = torch.zeros(len(rows))
+        for index in torch.tensor([len(row) for row in rows]).argsort(stable=True).split(size):
+            lengths = torch.tensor([len(rows[i]) for i in index])
+            ids = torch.tensor([rows[i] + [config.pad_token_id] * int(lengths.max() - len(rows[i])) for i in index]).to(device)
+            attention = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long().to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                scores[index] = model(input_ids=ids, attention_mask=attention).logits[:, column].float().cpu()
+        return scores.tolist()
+
+    score.__name__ = Path(name).name
+    return score
+
+
+def judge(rewards: dict[str, Reward], rows: list[dict], completions: list, completion_ids: list[list[int]]) -> dict[str, Tensor]:
+    """What each reward function says of each reply: {name: [B]}, NaN where it says None, that it does not apply.
+
+    RewardError, naming the reward, the prompt and the reply, for one that raises or gives anything but finite numbers.
+    """
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions, "completion_ids": completion_ids}
+    told = [f"for the prompt {row['prompt']!r:.500} and the reply {reply!r:.500}" for row, reply in zip(rows, completions)]
     judged = {}
     for name, reward in rewards.items():
         try:
-            answer = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-            scores = [float(x) for x in answer]
+            answers = list(reward(**columns))
         except Exception as e:
             where = traceback.extract_tb(e.__traceback__)[-1]
-            place = f"{Path(where.filename).name}:{where.lineno}"
-            raise RunError(f"reward {name} failed at {place}: {type(e).__name__}: {e}") from e
-        if len(scores) != len(completions):
-            raise RunError(f"reward {name}: expected {len(completions)} numbers, one a completion, got {len(scores)}")
-        for prompt, completion, x in zip(prompts, completions, scores):
-            if not math.isfinite(x):
-                raise RunError(f"reward {name} gave {x} to the prompt {prompt!r} and the reply {completion!r}")
-        judged[name] = torch.tensor(scores)
+            message = f"reward {name} failed at {Path(where.filename).name}:{where.lineno}: {type(e).__name__}: {e}"
+            for i in range(len(rows)):  # one reply at a time, to name the one that does it
+                try:
+                    list(reward(**{key: x[i:i + 1] for key, x in columns.items()}))
+                except Exception:
+                    raise RewardError(f"{message}, {told[i]}") from e
+            raise RewardError(f"{message}, for a batch of {len(rows)} but for no reply alone") from e
+        if len(answers) != len(rows):
+            raise RewardError(f"reward {name}: expected {len(rows)} numbers, one a completion, got {len(answers)}")
+        answers = [x.item() if hasattr(x, "item") else x for x in answers]  # of NumPy and torch
+        for x, what in zip(answers, told):
+            if x is not None and not (isinstance(x, (int, float)) and math.isfinite(x)):
+                raise RewardError(f"reward {name} gave {x!r:.100} {what}: expected a finite number, or None")
+        judged[name] = torch.tensor([math.nan if x is None else float(x) for x in answers])
     return judged
+
+
+def update_moments(moments: tuple[float, float, float], x: Tensor) -> tuple[float, float, float]:  # [n]
+    """(count, mean, sum of squared deviations) of all numbers so far, with those of x (Chan et al. 1983)."""
+    count, mean, squares = moments
+    total, shift = count + len(x), float(x.mean()) - mean
+    squares += float(((x - x.mean()) ** 2).sum()) + shift**2 * count * len(x) / total
+    return total, mean + shift * len(x) / total, squares
 
 
 # ------------------------------------------------------------------- the embedded demo: delete it, and a trainer is left
@@ -568,7 +749,7 @@ def fluency(prompts: list[str], completions: list[str], **columns) -> list[float
     return [float(bool(REVIEW.fullmatch(f"{prompt} {text}"))) for prompt, text in zip(prompts, completions)]
 
 
-def demo_task(seed: int, device: torch.device, steps: int = 160):
+def demo_task(seed: int, steps: int = 160):
     """A small Llama trained on film reviews from the grammar: (model, tokenizer, prompts, held-out prompts, rewards)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from tqdm import tqdm
@@ -582,7 +763,7 @@ def demo_task(seed: int, device: torch.device, steps: int = 160):
     lm = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=128, initializer_range=0.05, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2)).to(device)
+        pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
     rng = random.Random(seed)
 
@@ -600,7 +781,7 @@ def demo_task(seed: int, device: torch.device, steps: int = 160):
     for step in tqdm(range(steps), desc="language model", dynamic_ncols=True, leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = 1.5e-2 * min(1, (step + 1) / 10) * (1 - step / steps)
         texts = [" <s> ".join(review() for _ in range(5)) for _ in range(32)]  # at least 7 tokens each
-        ids = tokenizer(texts, truncation=True, max_length=32, return_tensors="pt")["input_ids"].to(device)
+        ids = tokenizer(texts, truncation=True, max_length=32, return_tensors="pt")["input_ids"]
         lm(input_ids=ids, labels=ids).loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
@@ -630,23 +811,33 @@ class Config:
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
     prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and reward columns; None: the demo's
     eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, one or more: f(prompts, completions, **columns) -> list of floats
-    reward_weights: tuple[float, ...] | None = None  # weight of each reward in the score; 0 only measures; None: all 1
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION or MODULE:FUNCTION: f(prompts, completions, **columns) -> list of floats
+    reward_model: tuple[str, ...] = ()  # hub names or folders of sequence-classification models that score prompt and reply
+    reward_label: str | None = None  # the label that scores, of a reward model with several; None: it has one
+    reward_weights: tuple[float, ...] | None = None  # of --reward, then --reward-model, in the score; 0 measures; None: all 1
+    max_prompt_length: int | None = None  # prompts of more tokens are dropped, and counted; None: all must fit the model
+    trust_remote_code: bool = False  # let models and tokenizers run code that comes with them
 
     # Where and how it runs.
     name: str | None = None  # the run is written to RUNS_DIR/NAME; None: time and task
     runs_dir: str = "runs"  # folder of the runs
+    save_every: int | None = None  # updates between checkpoints; None: only when interrupted or when a reward fails
+    resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     seed: int = 1  # of everything: same seed, same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay float32; auto: bfloat16 on CUDA
+    gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
 
     # Rollout.
     num_updates: int = 100  # updates in all
     batch_size: int = 128  # replies an update, B
+    samples_per_prompt: int = 1  # replies to each prompt of an update
     response_length: int = 64  # longest reply, in tokens, T
     temperature: float = 1.0  # of the policy, in sampling and in every log-probability
     stop_token: str | None = None  # one more token that ends a reply; None: the model's EOS tokens only
     missing_eos_penalty: float | None = None  # taken from the score of a reply without a stop token; None: nothing is
+    score_clip: float | None = None  # scores are clipped to ± this, after scaling; None: off
+    use_score_scaling: bool = False  # divide scores by the standard deviation of all scores so far
 
     # KL penalty (Ziegler et al. 2019).
     kl_coef: float = 0.05  # β, weight of the KL to the initial model, score units per nat
@@ -662,6 +853,12 @@ class Config:
     whiten_rewards: bool = False  # scale token rewards to variance 1, keeping their mean
     whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the whole batch
     bootstrap_truncated: bool = False  # a reply cut off by its length counts V after it, instead of 0
+
+    # Critic.
+    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's trunk, or a trunk of its own too
+    critic_model: str | None = None  # where a separate critic starts, a reward model's head included; None: the policy
+    critic_lr: float | None = None  # learning rate of what only the critic uses; None: the policy's
+    critic_target: Literal["value", "action-value"] = "value"  # V(s), or Q(s, ·) with Σ π·Q as the baseline
 
     # Update.
     num_ppo_epochs: int = 4  # passes over each batch
@@ -681,6 +878,10 @@ class Config:
     target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
     critic_warmup_updates: int = 0  # first updates, in which only the value head is trained
 
+    @property
+    def rows_at_once(self) -> int:
+        return self.micro_batch_size or self.batch_size // self.num_mini_batches
+
     def check(self) -> None:
         """Raise UsageError for the first setting that cannot be."""
         def need(expected: str, ok: Callable[[float], bool], *flags: str) -> None:
@@ -690,19 +891,22 @@ class Config:
                     raise UsageError(f"--{flag.replace('_', '-')} {x}: expected {expected}")
 
         need("1 or more", lambda x: x >= 1, "num_updates", "batch_size", "response_length", "num_ppo_epochs", "num_mini_batches",
-             "micro_batch_size")
+             "micro_batch_size", "samples_per_prompt", "max_prompt_length", "save_every")
         need("0 or more", lambda x: 0 <= x < math.inf, "seed", "kl_coef", "vf_coef", "ent_coef", "missing_eos_penalty",
              "warmup_updates", "critic_warmup_updates")
         need("a number above 0", lambda x: 0 < x < math.inf, "temperature", "learning_rate", "kl_target", "kl_horizon",
-             "max_grad_norm", "cliprange_high", "cliprange_value", "target_kl")
+             "max_grad_norm", "cliprange_high", "cliprange_value", "target_kl", "critic_lr", "score_clip")
         need("a number in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam", "critic_lam")
         need("a number between 0 and 1", lambda x: 0 < x < 1, "cliprange")
         need("a number above 1", lambda x: 1 < x < math.inf, "dual_clip")
-        need(f"a divisor of --batch-size {self.batch_size}", lambda x: self.batch_size % x == 0, "num_mini_batches")
+        need(f"a divisor of --batch-size {self.batch_size}", lambda x: self.batch_size % x == 0, "num_mini_batches",
+             "samples_per_prompt")
         need("letters, digits and ._+- only", lambda x: re.fullmatch(r"[\w.+-]+", x), "name")
         need("a file that exists", lambda x: Path(x).is_file(), "prompts", "eval_prompts")
         if self.kl_target is not None:
             need("a number above 0 to start from, with --kl-target", lambda x: x > 0, "kl_coef")
+        if self.critic_model is not None:
+            need("separate, with --critic-model", lambda x: x == "separate", "critic")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -712,14 +916,26 @@ class Config:
 
 @dataclass
 class Task:
-    """What is trained, and on what judgement."""
+    """What is trained, on which prompts, and on what judgement."""
     actor: Actor
     ref: Actor  # the frozen initial policy
     tokenizer: object
+    prompts: list[Prompt]
+    held_out: list[Prompt]
     rewards: dict[str, Reward]  # by name
     weights: tuple[float, ...]  # of each reward in the score
     stop_ids: list[int]
     pad_id: int
+
+
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint holds beside the weights and the optimizer. No generator's state: see `reseed`."""
+    kl_coef: float
+    update: int = 0  # finished updates, so also the learning-rate schedule and the data cursor
+    moments: tuple[float, float, float] = (0, 0.0, 0.0)  # of all scores, see `update_moments`
+    skipped: int = 0  # optimizer steps in a row that were not finite, counted in whole updates
+    before: tuple[dict[str, Tensor], list[str]] = ()  # the evaluation before training
 
 
 @contextlib.contextmanager
@@ -729,30 +945,35 @@ def timed(seconds: dict[str, float], name: str):
     seconds[name] += time.perf_counter() - start
 
 
-def collect(task: Task, rows: list[dict], cfg: Config,
+def collect(task: Task, prompts: list[Prompt], cfg: Config,
             seconds: dict[str, float]) -> tuple[Rollout, Tensor, dict[str, Tensor], list[str]]:
-    """Steps 1 to 3 of an update on prompts `rows`: (rollout, scores [B], what each reward said {name: [B]}, replies)."""
+    """Steps 1 to 3 of an update: (rollout, scores [B], what each reward said {name: [B]}, replies)."""
     with timed(seconds, "generate"):
-        queries, query_mask = tokenize(task.tokenizer, [row["prompt"] for row in rows], task.pad_id)
+        queries, query_mask = left_pad([prompt.ids for prompt in prompts], task.pad_id)
         rollout = generate(task.actor, queries, query_mask, cfg.response_length, cfg.temperature, task.stop_ids,
                            task.pad_id)
+    if not rollout.sampler_logprobs.isfinite().all():
+        raise RunError("the policy's probabilities are not finite: it has diverged; lower --learning-rate")
     with timed(seconds, "reward"):
+        rows = [prompt.row for prompt in prompts]
         ids = [response[mask].tolist() for response, mask in zip(rollout.responses, rollout.mask)]
         replies = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        judged = judge(task.rewards, rows, replies, ids)
-        scores = sum(weight * judged[name] for weight, name in zip(task.weights, judged))
+        completions = [reply if isinstance(row["prompt"], str) else [{"role": "assistant", "content": reply}]
+                       for row, reply in zip(rows, replies)]
+        judged = judge(task.rewards, rows, completions, ids)
+        scores = sum(weight * judged[name].nan_to_num() for weight, name in zip(task.weights, judged))
     with timed(seconds, "evaluate"):
-        micro_batch_size = cfg.micro_batch_size or cfg.batch_size // cfg.num_mini_batches
-        evaluate(task.actor, task.ref, rollout, cfg.temperature, micro_batch_size)
+        evaluate(task.actor, task.ref, rollout, cfg.temperature, cfg.rows_at_once)
     return rollout, scores, judged, replies
 
 
-def evaluate_held_out(task: Task, rows: list[dict], cfg: Config) -> tuple[dict[str, Tensor], list[str]]:
+def evaluate_held_out(task: Task, cfg: Config) -> tuple[dict[str, Tensor], list[str]]:
     """A batch of replies to held-out prompts, from the same seed each time: ({"score", "kl" and rewards: [n]}, replies)."""
-    if not rows:
+    if not task.held_out:
         return {}, []
     reseed(cfg.seed)
-    rollout, scores, judged, replies = collect(task, rows * max(1, cfg.batch_size // len(rows)), cfg, defaultdict(float))
+    prompts = task.held_out * max(1, cfg.batch_size // len(task.held_out))
+    rollout, scores, judged, replies = collect(task, prompts, cfg, defaultdict(float))
     return {"score": scores, "kl": reply_kl(rollout), **judged}, replies
 
 
@@ -765,29 +986,29 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, judged: dict[str, Tensor],
     """What the replies of an update were like: means over replies, or over valid tokens where the thing is a token's."""
     mask, kl = rollout.mask, reply_kl(rollout)
     error, spread = (masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-                     for x in (rollout.returns - rollout.values, rollout.returns))
+                     for x in (rollout.returns - rollout.predictions, rollout.returns))
     metrics = {
         "objective/scores": scores.mean(), "objective/scores_std": scores.std(correction=0), "objective/kl": kl.mean(),
         "objective/non_score_reward": -kl_coef * kl.mean(), "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
-        **{f"rewards/{name}": part.mean() for name, part in judged.items()},
+        **{f"rewards/{name}": masked_mean(part, ~part.isnan()) for name, part in judged.items()},
         "reply/length": mask.sum(1).float().mean(), "reply/ended": rollout.ended.float().mean(),
         "policy/sampler_gap": masked_mean((rollout.logprobs - rollout.sampler_logprobs).abs(), mask),
         "val/mean": masked_mean(rollout.values, mask), "val/explained_variance": 1 - error / spread.clamp(min=1e-8)}
     return {name: float(x) for name, x in metrics.items()}
 
 
-def learning_rate(update: int, cfg: Config) -> float:
-    """Linear warm-up, then the decay. `update` counts from 0."""
+def schedule(update: int, cfg: Config) -> float:
+    """Share of the learning rate in update `update`, counted from 0: linear warm-up, then the decay."""
     done = update / cfg.num_updates
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_scheduler_type]
-    return cfg.learning_rate * decay * min(1.0, (update + 1) / (cfg.warmup_updates + 1))
+    return decay * min(1.0, (update + 1) / (cfg.warmup_updates + 1))
 
 
-def draw(rows: list[dict], start: int, count: int, seed: int) -> list[dict]:
-    """`count` prompts from position `start` of an endless stream that passes over the rows in a new order each time."""
-    epochs = range(start // len(rows), (start + count - 1) // len(rows) + 1)
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(rows, len(rows)) for epoch in epochs}
-    return [orders[i // len(rows)][i % len(rows)] for i in range(start, start + count)]
+def draw(prompts: list, start: int, count: int, seed: int) -> list:
+    """`count` prompts from position `start` of an endless stream that passes over them in a new order each time."""
+    epochs = range(start // len(prompts), (start + count - 1) // len(prompts) + 1)
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(prompts, len(prompts)) for epoch in epochs}
+    return [orders[i // len(prompts)][i % len(prompts)] for i in range(start, start + count)]
 
 
 def reseed(*parts: int) -> None:
@@ -797,51 +1018,98 @@ def reseed(*parts: int) -> None:
     set_seed(random.Random(" ".join(map(str, parts))).getrandbits(32))
 
 
-def as_rows(prompts: list | None) -> list[dict]:
-    return [row if isinstance(row, dict) else {"prompt": row} for row in prompts or []]
-
-
-def load_model(name: str):
-    """A causal language model, its weights in float32, and its tokenizer, from a folder or the hub."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        raise UsageError(f"--model {name}: {str(e).splitlines()[0]}") from None
-
-
-def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> tuple[Task, list[dict], list[dict]]:
-    """The task, its prompts and its held-out prompts, all checked: what is wrong is told before anything is written."""
+def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
+    """Where to compute, and the type of matrix products."""
     try:
         best = torch.accelerator.current_accelerator() or torch.device("cpu")
         device = best if cfg.device == "auto" else torch.device(cfg.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {cfg.device}: expected a device that torch has here, such as cpu") from None
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    return device, getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+
+
+def pick_prompts(cfg: Config, tokenizer, limit: float, prompts: list | None,
+                 eval_prompts: list | None) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and held-out ones, from the arguments or the files, tokenized. limit: tokens that the model takes."""
+    rows = [as_row(x) for x in prompts] if prompts else load_prompts(cfg.prompts)
+    held_out = [as_row(x) for x in eval_prompts] if eval_prompts else load_prompts(cfg.eval_prompts) if cfg.eval_prompts else []
+    if not held_out:
+        rows = random.Random(cfg.seed).sample(rows, len(rows))
+        share = min(64, len(rows) // 10)
+        held_out, rows = rows[:share], rows[share:]
+    encoded = encode(tokenizer, held_out + rows)
+    longest = max(len(prompt.ids) for prompt in encoded)
+    if cfg.max_prompt_length is None and longest + cfg.response_length > limit:
+        raise UsageError(f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and the longest prompt has "
+                         f"{longest}; shorten the replies, or drop long prompts with --max-prompt-length")
+    if cfg.max_prompt_length is not None and cfg.max_prompt_length + cfg.response_length > limit:
+        raise UsageError(f"--max-prompt-length {cfg.max_prompt_length}: with --response-length {cfg.response_length} that is more "
+                         f"than the {limit} tokens that the model takes in all; shorten one of them")
+    kept = [[prompt for prompt in part if len(prompt.ids) <= (cfg.max_prompt_length or math.inf)]
+            for part in (encoded[len(held_out):], encoded[:len(held_out)])]
+    dropped = len(encoded) - sum(map(len, kept))
+    if not kept[0]:
+        raise UsageError(f"--max-prompt-length {cfg.max_prompt_length} leaves no prompt to train on: the shortest has "
+                         f"{min(len(prompt.ids) for prompt in encoded)} tokens")
+    if dropped:
+        print(f"Dropped {dropped} of {len(encoded)} prompts: more than --max-prompt-length {cfg.max_prompt_length} tokens")
+    return tuple(kept)
+
+
+def make_actors(cfg: Config, model: nn.Module, tokenizer, device: torch.device, dtype: torch.dtype) -> tuple[Actor, Actor]:
+    """The policy with its critic, and the frozen reference."""
+    critic = None
+    if cfg.critic == "separate":
+        critic = copy.deepcopy(model)
+    if cfg.critic_model is not None:
+        flag = ("critic-model", cfg.trust_remote_code)
+        names = load("Config", cfg.critic_model, *flag).architectures or [""]
+        classifier = names[0].endswith("ForSequenceClassification")
+        critic = load_model(cfg.critic_model, *flag, "SequenceClassification" if classifier else "CausalLM")
+        if classifier and getattr(getattr(critic, "score", None), "out_features", None) != 1:
+            raise UsageError(f"--critic-model {cfg.critic_model}: expected a decoder with a score head of one label")
+        if load("Tokenizer", cfg.critic_model, *flag).get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"--critic-model {cfg.critic_model}: its vocabulary is not that of the policy; it reads the same tokens")
+    try:
+        ref = Actor(copy.deepcopy(model).to(device), dtype).requires_grad_(False)
+        actor = Actor(model.to(device), dtype, critic and critic.to(device), cfg.critic_target == "action-value")
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    if cfg.gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for layer in [module for module in actor.modules() if isinstance(module, GradientCheckpointingLayer)]:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return actor, ref
+
+
+def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Task:
+    """All that training needs, checked: what is wrong is told before anything is written."""
+    device, dtype = pick_device(cfg)
     reseed(cfg.seed)
     if model is None and cfg.model is None:
-        if cfg.prompts or cfg.reward or prompts or reward:
+        if cfg.prompts or cfg.reward or cfg.reward_model or prompts or reward:
             raise UsageError("prompts and rewards need a model: give --model too")
-        model, tokenizer, rows, held_out, rewards = demo_task(cfg.seed, device)
+        model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
     else:
-        rows = as_rows(prompts) or (load_prompts(cfg.prompts) if cfg.prompts else [])
-        held_out = as_rows(eval_prompts) or (load_prompts(cfg.eval_prompts) if cfg.eval_prompts else [])
-        rewards = [load_reward(spec) for spec in cfg.reward] if reward is None else [reward] if callable(reward) else reward
-        if not rows or not rewards:
-            raise UsageError("a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION")
-        if not held_out:
-            rows = random.Random(cfg.seed).sample(rows, len(rows))
-            share = min(64, len(rows) // 10)
-            held_out, rows = rows[:share], rows[share:]
+        rewards = [load_reward(spec) for spec in cfg.reward] if reward is None else [reward] if callable(reward) else list(reward)
+        if not (prompts or cfg.prompts) or not (rewards or cfg.reward_model):
+            raise UsageError("a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION or --reward-model")
         if model is None:
-            model, tokenizer = load_model(cfg.model)
+            model = load_model(cfg.model, "model", cfg.trust_remote_code)
+            tokenizer = load("Tokenizer", cfg.model, "model", cfg.trust_remote_code)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    rows, held_out = pick_prompts(cfg, tokenizer, limit, prompts, eval_prompts)
+    chat = any(not isinstance(prompt.row["prompt"], str) for prompt in rows + held_out)
+    rewards += [load_reward_model(name, chat, device, dtype, cfg) for name in cfg.reward_model]
     weights = (1.0,) * len(rewards) if cfg.reward_weights is None else cfg.reward_weights
     if len(weights) != len(rewards):
         raise UsageError(f"--reward-weights: expected {len(rewards)} of them, one a reward, got {len(weights)}")
+    names = [getattr(f, "__name__", type(f).__name__) for f in rewards]
+    named = {f"{name}_{i}" if names.count(name) > 1 else name: f for i, (name, f) in enumerate(zip(names, rewards))}
 
     eos = model.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -850,22 +1118,9 @@ def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> tup
         if len(ids) != 1:
             raise UsageError(f"--stop-token {cfg.stop_token!r}: expected one token of this tokenizer, got {len(ids)}")
         stop_ids.add(ids[0])
-    lengths = [len(ids) for ids in tokenizer([row["prompt"] for row in rows + held_out])["input_ids"]]
-    if min(lengths) == 0:
-        raise UsageError(f"the prompt {(rows + held_out)[lengths.index(0)]['prompt']!r} has no token in this tokenizer")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if max(lengths) + cfg.response_length > limit:
-        raise UsageError(f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and the longest "
-                         f"prompt has {max(lengths)}; shorten one of them")
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token does: masks come from lengths
-    try:
-        actor = Actor(model.to(device), getattr(torch, dtype))
-    except ValueError as e:
-        raise UsageError(str(e)) from None
-    ref = copy.deepcopy(actor).requires_grad_(False)
-    names = [getattr(f, "__name__", type(f).__name__) for f in rewards]
-    named = {f"{name}_{i}" if names.count(name) > 1 else name: f for i, (name, f) in enumerate(zip(names, rewards))}
-    return Task(actor, ref, tokenizer, named, tuple(weights), sorted(stop_ids), pad_id), rows, held_out
+    actor, ref = make_actors(cfg, model, tokenizer, device, dtype)
+    return Task(actor, ref, tokenizer, rows, held_out, named, tuple(weights), sorted(stop_ids), pad_id)
 
 
 @contextlib.contextmanager
@@ -889,76 +1144,104 @@ def finish_on_signal():
             signal.signal(number, handler)
 
 
+def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State, cfg: Config) -> tuple[dict[str, float], list[dict]]:
+    """Steps 1 to 5 of the algorithm, and the state after them: (metrics, a few samples)."""
+    reseed(cfg.seed, state.update)
+    seconds = defaultdict(float)
+    count = cfg.batch_size // cfg.samples_per_prompt
+    prompts = draw(task.prompts, state.update * count, count, cfg.seed)
+    prompts = [prompt for prompt in prompts for _ in range(cfg.samples_per_prompt)]
+    rollout, scores, judged, replies = collect(task, prompts, cfg, seconds)
+    moments, shaped = state.moments, scores
+    if cfg.use_score_scaling:
+        moments = update_moments(moments, scores)
+        shaped = shaped / ((moments[2] / moments[0]) ** 0.5 or 1.0)
+    if cfg.score_clip is not None:
+        shaped = shaped.clamp(-cfg.score_clip, cfg.score_clip)
+    credit(rollout, shaped, state.kl_coef, cfg)
+    for group, rate in zip(optimizer.param_groups, (cfg.learning_rate, cfg.critic_lr or cfg.learning_rate)):
+        group["lr"] = rate * schedule(state.update, cfg)
+    with timed(seconds, "update"):
+        stats = ppo_update(task.actor, optimizer, rollout, state.kl_coef, cfg, state.update < cfg.critic_warmup_updates)
+    metrics = {"update": state.update + 1, "episode": (state.update + 1) * cfg.batch_size, "lr": optimizer.param_groups[0]["lr"],
+               "kl_coef": state.kl_coef, **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
+               "tokens_per_second": int(rollout.mask.sum()) / sum(seconds.values()),
+               **{f"time/{name}": x for name, x in seconds.items()}}
+    samples = [{"update": state.update + 1, **prompt.row, "reply": reply, "score": float(score), "kl": float(kl)}
+               for prompt, reply, score, kl in zip(prompts[:4], replies, scores, reply_kl(rollout))]
+
+    state.update, state.moments = state.update + 1, moments
+    state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
+    if cfg.kl_target is not None:
+        state.kl_coef = adaptive_kl_coef(state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
+    return metrics, samples
+
+
 def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward] | None = None,
           model: nn.Module | None = None, tokenizer=None, eval_prompts: list | None = None) -> Path:
     """Run PPO and return the folder of the run. What is not passed comes from cfg or is the embedded demo.
 
     prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
     f(prompts, completions, **columns) -> list of floats. model, tokenizer: of transformers; the model is trained in place.
-    Raises UsageError, before anything is written, for what cannot be.
+    Raises UsageError, before anything is written, for what cannot be; RunError for what stops a run that has begun;
+    KeyboardInterrupt, with the run saved, after the update in which Ctrl-C or SIGTERM came.
     """
     seconds = defaultdict(float)
     cfg.check()
     kind = Path(cfg.model).name if cfg.model else "demo" if model is None else type(model).__name__
-    run = Path(cfg.runs_dir) / (cfg.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}")
-    if run.exists():
-        raise UsageError(f"{run} exists and is not overwritten: give another --name, or move it away")
+    run = Path(cfg.resume or Path(cfg.runs_dir) / (cfg.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}"))
+    if cfg.resume:
+        refuse_changes(run, dataclasses.asdict(read_config(run)[0]), dataclasses.asdict(cfg))
+    elif run.exists():
+        raise UsageError(f"{run} exists and is not overwritten: give another --name, or go on with it by --resume {run}")
     print(f"PPO on {kind}: {cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens, "
           f"written to {run}", flush=True)
     with timed(seconds, "setup"):
-        task, rows, held_out = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
-    optimizer = torch.optim.AdamW(task.actor.parameters(), lr=cfg.learning_rate, eps=1e-5, weight_decay=0.0,
-                                  fused=task.actor.device.type in ("cpu", "cuda"))
+        task = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
+        critic = [p for name, p in task.actor.named_parameters() if not name.startswith("lm.")]
+        optimizer = torch.optim.AdamW([{"params": task.actor.lm.parameters()}, {"params": critic}], eps=1e-5, weight_decay=0.0,
+                                      fused=task.actor.device.type in ("cpu", "cuda"))
+        state = resume(run, cfg, task, optimizer) if cfg.resume else start(run, cfg, task)
+    board = tensorboard(run, state.update)
     try:
-        run.mkdir(parents=True)
-    except OSError as e:
-        raise UsageError(f"cannot create {run}: {e.strerror}; give another --runs-dir or --name") from None
-    write_config(run, cfg, task.actor)
-    board = tensorboard(run)
-    with timed(seconds, "held-out"):
-        before = evaluate_held_out(task, held_out, cfg)
-    record(run, board, {"update": 0} | eval_metrics(before[0]))
-
-    after, kl_coef, history = ({}, []), cfg.kl_coef, []
-    with finish_on_signal() as asked, progress(cfg.num_updates) as bar:
-        for update in range(cfg.num_updates):
-            reseed(cfg.seed, update)
-            spent = defaultdict(float)
-            batch = draw(rows, update * cfg.batch_size, cfg.batch_size, cfg.seed)
-            rollout, scores, judged, replies = collect(task, batch, cfg, spent)
-            credit(rollout, scores, kl_coef, cfg)
-            optimizer.param_groups[0]["lr"] = learning_rate(update, cfg)
-            with timed(spent, "update"):
-                stats = ppo_update(task.actor, optimizer, rollout, kl_coef, cfg, update < cfg.critic_warmup_updates)
-
-            metrics = {"update": update + 1, "episode": (update + 1) * cfg.batch_size, "lr": learning_rate(update, cfg),
-                       "kl_coef": kl_coef, **rollout_metrics(rollout, scores, judged, kl_coef), **stats,
-                       "tokens_per_second": int(rollout.mask.sum()) / sum(spent.values()),
-                       **{f"time/{name}": x for name, x in spent.items()}}
-            if update + 1 == cfg.num_updates:
-                with timed(spent, "held-out"):
-                    after = evaluate_held_out(task, held_out, cfg)
-                metrics |= eval_metrics(after[0])
-            record(run, board, metrics)
-            for prompt, reply, score, kl in list(zip(batch, replies, scores, reply_kl(rollout)))[:4]:
-                sample = {"update": update + 1, **prompt, "reply": reply, "score": float(score), "kl": float(kl)}
-                append(run / "samples.jsonl", sample)
-            history.append(metrics)
-            for name, x in spent.items():
-                seconds[name] += x
-            bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}, "
-                                f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
-            bar.update()
-            if cfg.kl_target is not None:
-                kl_coef = adaptive_kl_coef(kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
-            if asked:
-                break
-    task.actor.lm.save_pretrained(run / "policy")
-    task.tokenizer.save_pretrained(run / "policy")
+        if not state.before:
+            with timed(seconds, "held-out"):
+                state.before = evaluate_held_out(task, cfg)
+            record(run, board, {"update": 0} | eval_metrics(state.before[0]))
+        with finish_on_signal() as asked, progress(cfg.num_updates, state.update) as bar:
+            while state.update < cfg.num_updates and not asked:
+                try:
+                    metrics, samples = one_update(task, optimizer, state, cfg)
+                except RewardError:
+                    save_checkpoint(run, task, optimizer, state)
+                    raise
+                record(run, board, metrics, samples)
+                for name in ("generate", "reward", "evaluate", "update"):
+                    seconds[name] += metrics[f"time/{name}"]
+                bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}, "
+                                    f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
+                bar.update()
+                last = state.update == cfg.num_updates
+                if state.skipped >= 3:
+                    raise RunError(f"the loss or the gradient was not finite in {state.skipped} optimizer steps in a row, up to "
+                                   f"update {state.update}, with scores of {metrics['objective/scores']:.3g} on average")
+                if asked or cfg.save_every and (last or state.update % cfg.save_every == 0):
+                    with timed(seconds, "save"):
+                        save_checkpoint(run, task, optimizer, state)
+        if asked:
+            print(f"Stopped by {signal.Signals(asked[0]).name} after update {state.update}; {way_on(run)}")
+            raise KeyboardInterrupt(*asked)
+        with timed(seconds, "held-out"):
+            after = evaluate_held_out(task, cfg)
+        record(run, board, {"update": state.update} | eval_metrics(after[0]))
+        with whole(run / "policy") as folder:
+            task.actor.lm.save_pretrained(folder)
+            task.tokenizer.save_pretrained(folder)
+    except RunError as e:
+        raise RunError(f"{e}; {way_on(run)}") from e
+    history = [row for row in map(json.loads, open(run / "metrics.jsonl")) if "objective/scores" in row]
     write_curves(run / "curves.svg", history)
-    report(run, held_out, before, after, history, seconds)
-    if asked:
-        raise KeyboardInterrupt
+    report(run, task.held_out, state.before, after, history, seconds)
     return run
 
 
@@ -966,47 +1249,90 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
 # 9. What a run leaves, and the command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-
-def progress(total: int):
-    """A bar on a terminal, a line every half minute in a log."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+LOGS = ("metrics.jsonl", "samples.jsonl")
+MAY_CHANGE = ("num_updates", "save_every", "micro_batch_size", "gradient_checkpointing", "device", "resume")  # on a resume
 
 
-def mean_and_error(x: Tensor) -> tuple[float, float]:
-    """Mean of n numbers and its standard error, s/√n."""
-    return float(x.mean()), float(x.var(correction=0) / max(1, len(x) - 1)) ** 0.5
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk, where the system lets us."""
+    if os.name == "posix":
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
-def eval_metrics(result: dict[str, Tensor]) -> dict[str, float]:
-    return {f"eval/{name}{suffix}": y for name, x in result.items() for suffix, y in zip(("", "_se"), mean_and_error(x))}
+@contextlib.contextmanager
+def whole(folder: Path):
+    """Yields a temporary folder that becomes `folder` once all of it is on the disk; otherwise nothing changes."""
+    temporary = folder.with_name("unfinished")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        sync(folder.parent)
+    except Exception as e:  # OSError, and what safetensors and torch make of it
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"cannot write {folder}: {str(e).splitlines()[0]}") from e
 
 
-def append(path: Path, row: dict) -> None:
-    with open(path, "a") as f:
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("[0-9]*"))
 
 
-def record(run: Path, board, metrics: dict[str, float]) -> None:
-    append(run / "metrics.jsonl", metrics)
-    if board is not None:
-        for name, x in metrics.items():
-            board.add_scalar(name, x, metrics["update"])
+def way_on(run: Path) -> str:
+    """How to resume, in words."""
+    if not checkpoints(run):
+        return f"there is no checkpoint yet (see --save-every): python ppo_llm.py --resume {run} begins anew"
+    return f"to go on from {checkpoints(run)[-1]}: python ppo_llm.py --resume {run}"
 
 
-def tensorboard(run: Path):
-    """A writer of TensorBoard events where tensorboard is installed, else None."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(run)
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Tells other weights, or damaged ones."""
+    return hashlib.sha256(str([(name, torch.hash_tensor(x).item()) for name, x in tensors.items()]).encode()).hexdigest()
 
 
-def write_config(run: Path, cfg: Config, actor: Actor) -> None:
-    """All that is needed to run it again."""
+def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Write run/checkpoints/UPDATE whole or not at all, then drop all but the last two."""
+    from safetensors.torch import save_file
+
+    folder = run / "checkpoints" / f"{state.update:06d}"
+    if not folder.exists():
+        with whole(folder) as temporary:
+            for name in LOGS:
+                sync(run / name)
+            weights = task.actor.state_dict()
+            task.actor.lm.save_pretrained(temporary / "policy")
+            task.tokenizer.save_pretrained(temporary / "policy")
+            save_file({name: x.contiguous() for name, x in weights.items() if not name.startswith("lm.")}, temporary / "critic.safetensors")
+            torch.save({"state": vars(state), "optimizer": optimizer.state_dict(), "digest": digest(weights),
+                        "logs": {name: (run / name).stat().st_size for name in LOGS}}, temporary / "state.pt")
+    for old in checkpoints(run)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_config(run: Path | str) -> tuple[Config, dict]:
+    """The settings of a run, and all of its config.json."""
+    try:
+        about = json.loads((Path(run) / "config.json").read_text())
+        return Config(**{name: tuple(x) if isinstance(x, list) else x for name, x in about["config"].items()}), about
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"--resume {run}: expected the folder of a run of this ppo_llm.py ({type(e).__name__}: {e})") from None
+
+
+def identity(task: Task) -> dict[str, str]:
+    """What must be the same on a resume, beside the settings."""
+    prompts = hashlib.sha256(str([prompt.ids for prompt in task.prompts + task.held_out]).encode()).hexdigest()
+    return {"initial model": digest(task.ref.lm.state_dict()), "prompts": prompts}
+
+
+def start(run: Path, cfg: Config, task: Task) -> State:
+    """A new folder with all that is needed to run it again in config.json."""
     import transformers
 
     commit = None
@@ -1014,11 +1340,93 @@ def write_config(run: Path, cfg: Config, actor: Actor) -> None:
         command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     about = {"config": dataclasses.asdict(cfg), "command": sys.argv, "git_commit": commit or None,
-             "device": str(actor.device), "dtype": str(actor.dtype),
-             "parameters": sum(p.numel() for p in actor.parameters()),
+             "device": str(task.actor.device), "dtype": str(task.actor.dtype),
+             "parameters": sum(p.numel() for p in task.actor.parameters()),
              "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                          "transformers": transformers.__version__}}
-    (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+                          "transformers": transformers.__version__}, "sha256": identity(task)}
+    try:
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    except OSError as e:
+        raise UsageError(f"cannot create {run}: {e.strerror}; give another --runs-dir or --name") from None
+    return State(cfg.kl_coef)
+
+
+def refuse_changes(run: Path, there: dict, here: dict) -> None:
+    """UsageError that names each setting, or the model or prompts, in which a resumed run would differ from what it was."""
+    changed = [f"{name} was {there.get(name)} and is {x}" for name, x in here.items() if x != there.get(name) and name not in MAY_CHANGE]
+    if changed:
+        raise UsageError(f"--resume {run}: {'; '.join(changed)}; only {', '.join(MAY_CHANGE[:-1])} may change")
+
+
+def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer) -> State:
+    """The state of the run's last checkpoint, with the logs cut back to it; the beginning if it has none."""
+    from safetensors.torch import load_file
+
+    refuse_changes(run, read_config(run)[1]["sha256"], identity(task))
+    state, logs = State(cfg.kl_coef), dict.fromkeys(LOGS, 0)
+    for last in checkpoints(run)[-1:]:
+        try:
+            policy = type(task.actor.lm).from_pretrained(last / "policy", dtype=next(task.actor.lm.parameters()).dtype)
+            weights = load_file(last / "critic.safetensors") | {f"lm.{name}": x for name, x in policy.state_dict().items()}
+            saved = torch.load(last / "state.pt", weights_only=True)
+            if digest(weights) != saved["digest"]:
+                raise ValueError("the weights are not those that were saved")
+            task.actor.load_state_dict(weights)
+            optimizer.load_state_dict(saved["optimizer"])
+            state, logs = State(**saved["state"]), saved["logs"]
+        except Exception as e:
+            raise UsageError(f"{last} is damaged or of another program ({type(e).__name__}: {next(iter(str(e).splitlines()), '')}); "
+                             "remove it to go on from what is before it") from e
+    if (run / "policy").exists() and (state.update == 0 or state.update >= cfg.num_updates):
+        raise UsageError(f"--resume {run}: the run is complete" + (
+            "; to go on, give a larger --num-updates" if state.update else " and has no checkpoint to go on from"))
+    for name, size in logs.items():
+        with open(run / name, "ab") as f:
+            if f.tell() < size:
+                raise UsageError(f"{run / name} is shorter than at the last checkpoint: put it back, or begin anew")
+            f.truncate(size)
+    return state
+
+
+def progress(total: int, done: int = 0):
+    """A bar on a terminal, a line every half minute in a log."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+
+
+def mean_and_error(x: Tensor) -> tuple[float, float]:
+    """Mean of n numbers and its standard error, s/√n. NaN is no number."""
+    x = x[~x.isnan()] if (~x.isnan()).any() else torch.zeros(1)
+    return float(x.mean()), float(x.var(correction=0) / max(1, len(x) - 1)) ** 0.5
+
+
+def eval_metrics(result: dict[str, Tensor]) -> dict[str, float]:
+    return {f"eval/{name}{suffix}": y for name, x in result.items() for suffix, y in zip(("", "_se"), mean_and_error(x))}
+
+
+def record(run: Path, board, metrics: dict[str, float], samples: list[dict] = []) -> None:
+    """Append to the logs. A row is on the disk, or with the system, before the next update begins."""
+    try:
+        for name, rows in zip(LOGS, ([metrics], samples)):
+            with open(run / name, "a") as f:
+                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as e:
+        raise RunError(f"cannot write to {run / name}: {e.strerror}") from e
+    if board is not None:
+        for name, x in metrics.items():
+            board.add_scalar(name, x, metrics["update"])
+
+
+def tensorboard(run: Path, update: int):
+    """A writer of TensorBoard events where tensorboard is installed, else None."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run, purge_step=update + 1 if update else None)
 
 
 def write_curves(path: Path, history: list[dict]) -> None:
@@ -1051,13 +1459,15 @@ def sparkline(ys: list[float], width: int = 40) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (y - low) / (high - low))] if high > low else "▁" for y in ys)
 
 
-def report(run: Path, held_out: list[dict], before, after, history: list[dict], seconds: dict[str, float]) -> None:
+def report(run: Path, held_out: list[Prompt], before, after, history: list[dict], seconds: dict[str, float]) -> None:
     """What the terminal shows at the end."""
     width = min(120, shutil.get_terminal_size().columns)
     if after[1]:
         print("\nHeld-out prompts, same seed:")
-        for row, old, new in list(zip(held_out, before[1], after[1]))[:4]:
-            print(textwrap.fill(row["prompt"], width, initial_indent="  ", subsequent_indent="  "))
+        for prompt, old, new in list(zip(held_out, before[1], after[1]))[:4]:
+            text = prompt.row["prompt"]
+            text = text if isinstance(text, str) else text[-1]["content"]
+            print(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
             for label, text in (("before", old), ("after", new)):
                 print(textwrap.fill(text, width, initial_indent=f"    {label:8}", subsequent_indent=" " * 12))
         print(f"\nHeld-out evaluation ({len(after[1])} replies)  {'before':>16}  {'after':>16}")
@@ -1080,7 +1490,8 @@ def parse(argv: list[str]) -> Config:
     """The command line as a Config. What tyro refuses is told in one line."""
     import tyro
 
-    defaults = Config() if any(arg.split("=")[0] == "--model" for arg in argv) else Config(**DEMO)
+    given = dict(zip([arg.split("=")[0] for arg in argv], [arg.split("=", 1)[1] if "=" in arg else nxt for arg, nxt in zip(argv, argv[1:] + [""])]))
+    defaults = read_config(given["--resume"])[0] if "--resume" in given else Config() if "--model" in given else Config(**DEMO)
     refused = io.StringIO()
     try:
         with contextlib.redirect_stderr(refused):
@@ -1094,7 +1505,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
+    """Exit status: 0 done, 1 the run failed, 2 bad usage, 130 interrupted, 143 terminated."""
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         cfg.check()
@@ -1109,8 +1520,8 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as e:
         print(f"ppo_llm.py: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as e:
+        return 128 + (e.args or (signal.SIGINT,))[0]
     return 0
 
 
