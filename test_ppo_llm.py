@@ -395,22 +395,85 @@ def test_logits_in_chunks_are_the_same_with_the_same_gradient(monkeypatch):
         assert max(map(far, results[0], other)) < 1e-9
 
 
-def test_models_with_softcap_or_logit_scale_and_models_that_cannot_work():
-    """Gemma 2's soft-cap, Cohere's and Granite's scales are part of the logits; anything unknown behind the head is refused."""
-    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+SHAPE = dict(vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32,
+             pad_token_id=0, bos_token_id=1, eos_token_id=STOP, initializer_range=0.4)
+GROUPED = SHAPE | dict(num_key_value_heads=1)
+MODELS = {  # kind: settings of its config
+    "GPT2": dict(vocab_size=7, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=None, eos_token_id=STOP, initializer_range=0.4),
+    "Llama": GROUPED, "Qwen3": GROUPED | dict(head_dim=8), "Mistral": GROUPED | dict(sliding_window=4),
+    "Gemma3Text": GROUPED | dict(head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+    "Phi3": GROUPED, "OPT": {k: v for k, v in SHAPE.items() if k not in ("intermediate_size", "initializer_range")} | dict(
+        ffn_dim=16, word_embed_proj_dim=8, init_std=0.4), "GPTNeoX": SHAPE,
+    "Gemma2": GROUPED | dict(head_dim=8, sliding_window=4, final_logit_softcapping=0.5), "Cohere": GROUPED | dict(logit_scale=0.3),
+    "Granite": GROUPED | dict(logits_scaling=5.0), "Mixtral": GROUPED | dict(num_local_experts=4),
+    "Qwen3Moe": GROUPED | dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+}
 
-    shape = dict(vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    for config in (Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5), CohereConfig(**shape, logit_scale=0.3),
-                   GraniteConfig(**shape, logits_scaling=5.0)):
-        actor = P.Actor(AutoModelForCausalLM.from_config(config))
-        ids = torch.tensor([[3, 5, 6, 1]])
-        assert far(actor.logits(actor.trunk(ids, torch.ones_like(ids))).detach(), actor.lm(ids).logits.detach()) < 1e-6
+
+def model_of(kind, seed=0, head="ForCausalLM"):
+    import transformers
+
+    torch.manual_seed(seed)
+    auto = getattr(transformers, "AutoModel" + head)
+    return auto.from_config(getattr(transformers, kind + "Config")(**MODELS[kind])).float()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_model_is_itself_and_trains(kind, files, tmp_path):
+    """For each kind that people use, in float32 as it is trained: logits, sampler (cached, left-padded) and scorer agree with the
+    model's own forward on each reply alone; two updates run from a folder and what they save loads, with other weights."""
+    from transformers import AutoModelForCausalLM
+
+    lm = model_of(kind)
+    torch.manual_seed(0)
+    rollout = P.generate(P.Actor(lm), *prompts_of([1, 6, 3, 2, 2, 5, 1, 4]), 8, 0.7, [STOP], 0)
+    P.evaluate(P.Actor(lm), P.Actor(lm), rollout, 0.7, 3)
+    for b, (prompt, reply) in enumerate(each_reply(rollout)):
+        own = alone(lm, prompt, reply, 0.7).detach()
+        assert far(rollout.sampler_logprobs[b, rollout.mask[b]], own) < 1e-4 and far(rollout.logprobs[b, rollout.mask[b]], own) < 1e-4
+    assert rollout.logprobs[rollout.mask].std() > 0.1
+
+    lm.save_pretrained(tmp_path / "model")
+    words_tokenizer().save_pretrained(tmp_path / "model")
+    run = P.train(Config(model=str(tmp_path / "model"), prompts=str(files / "prompts.jsonl"), num_updates=2, batch_size=8, response_length=5,
+                         learning_rate=1e-4, name="x", runs_dir=str(tmp_path)), reward=mean_number)
+    metrics = lines(run / "metrics.jsonl")
+    assert metrics[1]["policy/ratio"] == pytest.approx(1, abs=0.1) and metrics[1]["policy/sampler_gap"] < 1e-5
+    saved, ids = AutoModelForCausalLM.from_pretrained(run / "policy"), torch.tensor([[3, 5, 6, 1]])
+    with torch.no_grad():
+        moved = far(saved(ids).logits, lm(ids).logits)
+    assert 1e-4 < moved < 1
+
+
+def test_models_that_cannot_work_are_refused():
+    """Anything unknown behind the head, a recurrent state that left padding moves, or an encoder: a refusal, not a wrong gradient."""
+    from transformers import AutoModelForCausalLM, BartConfig, BertConfig, MambaConfig
+
     strange = tiny()
     forward = strange.forward
     strange.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), setattr(out, "logits", out.logits * 2))[0]
-    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be trained here"):
-        P.Actor(strange)
+    others = [AutoModelForCausalLM.from_config(config) for config in (
+        MambaConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, state_size=4),
+        BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16),
+        BartConfig(vocab_size=7, d_model=16, encoder_layers=1, decoder_layers=1, decoder_attention_heads=2, encoder_attention_heads=2))]
+    for model in (strange, *others):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be trained here"):
+            P.Actor(model)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "OPT", "Mixtral"])
+def test_gradient_checkpointing_changes_no_gradient(kind, tmp_path):
+    """Layers are recomputed in the backward pass, dropout stays off, and the weights after an update are the same."""
+    after, calls = [], {}
+    for on in (False, True):
+        lm = model_of(kind)
+        layer = next(m for m in lm.modules() if type(m).__name__.endswith(("Block", "DecoderLayer")))
+        next(layer.children()).register_forward_hook(lambda *_, on=on: calls.update({on: calls.get(on, 0) + torch.is_grad_enabled()}))
+        cfg = Config(num_updates=1, batch_size=8, response_length=5, learning_rate=1e-2, name=f"x{on}", runs_dir=str(tmp_path),
+                     gradient_checkpointing=on, critic="separate")
+        P.train(cfg, prompts=["t1 t3", "t4"], reward=mean_number, model=lm, tokenizer=words_tokenizer())
+        after.append(torch.cat([p.detach().flatten() for p in lm.parameters()]))
+    assert torch.equal(*after) and calls[True] == 2 * calls[False]
 
 
 @given(st.data(), masks(shortest=1), st.booleans(), st.booleans(), st.booleans(), st.none() | fraction)
@@ -715,6 +778,11 @@ def share_of_t5(prompts, completions, **columns):
     return [text.split().count("t5") / max(1, len(text.split())) for text in completions]
 
 
+def mean_number(prompts, completions, **columns):
+    """The mean of the numbers in t3 t0 …"""
+    return [sum(int(word[1:]) for word in text.split()) / max(1, len(text.split())) for text in completions]
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A model folder, prompts and rewards as a user has them."""
@@ -841,7 +909,7 @@ BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8 --stop-token 't1 t2'", 2, "--stop-token"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8", 1, "reward short: expected 128 numbers, one a completion, got 1"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:answers --response-length 8", 1, "reward answers failed at rewards.py:2: KeyError: 'answer'"),
-    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:nan --response-length 8", 1, "reward nan gave nan to the prompt 't"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:nan --response-length 8", 1, "reward nan gave nan for the prompt 't"),
 ]
 
 
