@@ -295,8 +295,12 @@ def tiny(kind="gpt2", V=7, seed=0, **settings):
                                         **settings)).double()
 
 
-def tiny_actor(kind="gpt2", V=7, seed=0):
-    actor = P.Actor(tiny(kind, V, seed))
+CRITICS = [("shared", "value"), ("shared", "action-value"), ("separate", "value"), ("separate", "action-value")]
+
+
+def tiny_actor(kind="gpt2", V=7, seed=0, critic=("shared", "value")):
+    own = tiny(kind, V, seed + 5) if critic[0] == "separate" else None
+    actor = P.Actor(tiny(kind, V, seed), critic=own, action_values=critic[1] == "action-value")
     torch.nn.init.normal_(actor.value_head.weight, generator=torch.Generator().manual_seed(seed))
     torch.nn.init.normal_(actor.value_head.bias, generator=torch.Generator().manual_seed(seed))
     return actor
@@ -314,9 +318,9 @@ def settings_of(**changes):
     return Config(**dict(batch_size=8, num_mini_batches=2, num_ppo_epochs=2, whiten_advantages=False, temperature=0.8) | changes)
 
 
-def experience(kind="gpt2", lengths=(3, 1, 2, 5, 4, 2, 3, 1), T=6, cfg=None, seed=0, stop=(STOP,)):
+def experience(kind="gpt2", lengths=(3, 1, 2, 5, 4, 2, 3, 1), T=6, cfg=None, seed=0, stop=(STOP,), critic=("shared", "value")):
     """An actor, another model as the reference, and a complete rollout of sampled replies with random scores."""
-    cfg, actor, ref = cfg or settings_of(), tiny_actor(kind, seed=seed), tiny_actor(kind, seed=seed + 1)
+    cfg, actor, ref = cfg or settings_of(), tiny_actor(kind, seed=seed, critic=critic), tiny_actor(kind, seed=seed + 1)
     torch.manual_seed(seed)
     rollout = P.generate(actor, *prompts_of(lengths, seed=seed), T, cfg.temperature, list(stop), 0)
     P.evaluate(actor, ref, rollout, cfg.temperature, 3)
@@ -514,6 +518,51 @@ def test_rows_trim_and_lose_nothing():
         assert torch.equal(part.final_values, rollout.final_values[index])
 
 
+@pytest.mark.parametrize("critic", CRITICS)
+def test_what_the_critic_says(critic, monkeypatch):
+    """By the bare model, reply by reply: the baseline is V(s), or Σ_a π(a|s) Q(s, a) at the temperature; what is regressed is V(s_t),
+    or Q(s_t, a_t). Also with the vocabulary in chunks, and for the state after the reply."""
+    monkeypatch.setattr(P, "LOGITS_AT_ONCE", 7 * 4)
+    actor, _, rollout = experience(critic=critic)
+    trunk = actor.lm.base_model if critic[0] == "shared" else actor.critic_trunk
+    for b, (prompt, reply) in enumerate(each_reply(rollout)):
+        ids, n = torch.tensor([prompt + reply]), len(reply)
+        out = actor.value_head(trunk(ids).last_hidden_state[0, len(prompt) - 1:]).detach()  # [n + 1, 1 or V]
+        pi = (actor.lm(ids).logits[0, len(prompt) - 1:] / 0.8).softmax(-1).detach()
+        values = out[:, 0] if critic[1] == "value" else (pi * out).sum(1)
+        assert far(rollout.values[b, :n], values[:-1]) < 1e-9 and far(rollout.final_values[b], values[-1]) < 1e-9
+        said = values[:-1] if critic[1] == "value" else torch.stack([out[t, token] for t, token in enumerate(reply)])
+        assert far(rollout.predictions[b, :n], said) < 1e-9
+    assert rollout.values[rollout.mask].std() > 0.1
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_critic_learns_and_never_moves_the_policy_unless_shared(critic):
+    """The value loss has no gradient in a policy with a separate critic, and falls when it is followed."""
+    cfg = settings_of(vf_coef=1.0, cliprange_value=None, max_grad_norm=None, num_ppo_epochs=10)
+    actor, _, rollout = experience(cfg=cfg, critic=critic)
+    rollout.advantages = torch.zeros_like(rollout.advantages)
+    before = torch.cat([p.detach().flatten().clone() for p in actor.lm.parameters()])
+    first = one_update(actor, rollout, cfg, lr=0.0)["loss/value"]
+    one_update(actor, rollout, cfg, lr=0.02)
+    assert one_update(actor, rollout, cfg, lr=0.0)["loss/value"] < 0.9 * first
+    assert torch.equal(before, torch.cat([p.detach().flatten() for p in actor.lm.parameters()])) == (critic[0] == "separate")
+
+
+def test_a_reward_models_head_becomes_the_value_head(tmp_path):
+    """At first V of each state, and Q of each token there, is what the reward model says of the text so far."""
+    rm = model_of("Llama", 3, "ForSequenceClassification")
+    rm.config.num_labels, rm.score = 1, torch.nn.Linear(16, 1, bias=False)
+    for action_values in (False, True):
+        actor = P.Actor(model_of("Llama"), critic=rm, action_values=action_values)
+        rollout = P.generate(actor, *prompts_of([3, 1, 2]), 6, 1.0, [STOP], 0)
+        P.evaluate(actor, actor, rollout, 1.0, 2)
+        for b, (prompt, reply) in enumerate(each_reply(rollout)):
+            for t in range(len(reply)):
+                said = rm.score(rm.base_model(torch.tensor([prompt + reply[:t]])).last_hidden_state[0, -1]).item()
+                assert far(rollout.values[b, t], said) < 1e-5 and far(rollout.predictions[b, t], said) < 1e-5
+
+
 def enumerated(V=3, T=3):
     """Every reply of the language: up to T tokens, cut at the stop token."""
     replies = set()
@@ -536,16 +585,16 @@ def language(actor, ref, lengths, cfg, score):
     return rollout
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("kind, temperature, critic", [*itertools.product(KINDS, [0.5, 1.0, 2.0], CRITICS[:1]),
+                                                       *itertools.product(["gpt2"], [0.5], CRITICS[1:])])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_expected_ppo_gradient_is_the_policy_gradient(kind, temperature, seed):
+def test_expected_ppo_gradient_is_the_policy_gradient(kind, temperature, critic, seed):
     """On a language small enough to list every reply (V = 3, T ≤ 3, with a stop token), with each reply weighted by its
     probability, the gradient of the PPO loss at ratio 1 (λ = γ = 1, no whitening) is that of -(E[score] - β·KL), for a random
-    critic, left-padded prompts of mixed length, any temperature. This is the policy gradient theorem; it fails for a wrong
+    critic of any kind, left-padded prompts of mixed length, any temperature. This is the policy gradient theorem; it fails for a wrong
     shift, sign, mask, temperature, or baseline that sees the action."""
     cfg = settings_of(temperature=temperature, lam=1.0, gamma=1.0, kl_coef=0.3, vf_coef=0.0)
-    actor, ref, lengths = tiny_actor(kind, 3, seed), tiny_actor(kind, 3, seed + 9), [1, 4, 2]
+    actor, ref, lengths = tiny_actor(kind, 3, seed, critic), tiny_actor(kind, 3, seed + 9), [1, 4, 2]
     torch.manual_seed(seed)
     score = torch.randn(len(lengths) * len(enumerated()), dtype=REAL)
     rollout = language(actor, ref, lengths, cfg, score)
@@ -699,13 +748,15 @@ def test_target_kl_stops_before_the_step_and_leaves_no_gradient_behind():
     assert one_update(actor, rollout, dataclasses.replace(cfg, target_kl=1e6), lr=0.0)["policy/steps"] == 6
 
 
-def test_critic_warmup_trains_the_value_head_alone():
+@pytest.mark.parametrize("critic", CRITICS)
+def test_critic_warmup_trains_the_critic_alone(critic):
+    """Its head, and its trunk if that is its own; its loss falls and the policy stays as it is."""
     cfg = settings_of(num_ppo_epochs=20, vf_coef=1.0, cliprange_value=None, max_grad_norm=None)
-    actor, _, rollout = experience(cfg=cfg)
+    actor, _, rollout = experience(cfg=cfg, critic=critic)
     before = {name: p.detach().clone() for name, p in actor.named_parameters()}
     metrics = one_update(actor, rollout, cfg, lr=0.02, critic_only=True)
-    for name, p in actor.named_parameters():
-        assert torch.equal(p, before[name]) != name.startswith("value_head")
+    moved = {name.split(".")[0] for name, p in actor.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"value_head"} | ({"critic_trunk"} if critic[0] == "separate" else set())
     assert one_update(actor, rollout, cfg, critic_only=True)["loss/value"] < metrics["loss/value"] and "loss/policy" not in metrics
 
 
