@@ -1294,7 +1294,7 @@ def way_on(run: Path) -> str:
 
 def digest(tensors: dict[str, Tensor]) -> str:
     """Tells other weights, or damaged ones."""
-    return hashlib.sha256(str([(name, torch.hash_tensor(x).item()) for name, x in tensors.items()]).encode()).hexdigest()
+    return hashlib.sha256(str([(name, torch.hash_tensor(x).item()) for name, x in sorted(tensors.items())]).encode()).hexdigest()
 
 
 def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, state: State) -> None:

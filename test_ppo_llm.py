@@ -10,8 +10,11 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -834,6 +837,28 @@ def mean_number(prompts, completions, **columns):
     return [sum(int(word[1:]) for word in text.split()) / max(1, len(text.split())) for text in completions]
 
 
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def letters_tokenizer(**special):
+    """One character a token; bos, eos and pad as given, among the letters or beside them."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = "?abcdefghijklmnopqrstuvwxyz 0123456789+=<>"
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", **special)
+
+
+def letters_model(kind="Llama", head="ForCausalLM", labels=1, **changes):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**SHAPE | dict(vocab_size=48, max_position_embeddings=64, num_labels=labels) | changes)
+    return getattr(transformers, "AutoModel" + head).from_config(config)
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A model folder, prompts and rewards as a user has them."""
@@ -922,6 +947,336 @@ def test_columns_weights_and_the_adaptive_coefficient(files, tmp_path):
         assert "t3" not in sample["reply"].split()[:-1]
 
 
+@pytest.mark.parametrize("special, eos", [({}, None), (dict(pad_token="a", eos_token="a"), 1), (dict(pad_token="z"), [3, 4]),
+                                          (dict(bos_token="<", eos_token=">", pad_token="?"), [42, 5])])
+def test_tokenizers_with_and_without_pad_eos_and_bos(special, eos, tmp_path):
+    """No pad token, pad equal to EOS, several end-of-turn tokens in the generation config: a reply ends at each of them and nowhere
+    else, the token that ends it is trained on, and the run goes through."""
+    lm, tokenizer = letters_model(), letters_tokenizer(**special)
+    lm.generation_config.eos_token_id = eos
+    cfg = Config(num_updates=1, batch_size=64, response_length=12, name="x", runs_dir=str(tmp_path))
+    task = P.prepare(cfg, ["ab", "c d"], mean_length, lm, tokenizer, None)
+    assert set(task.stop_ids) == {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    torch.manual_seed(0)
+    rollout, *_ = P.collect(task, task.prompts * 64, cfg, dict.fromkeys(("generate", "reward", "evaluate"), 0.0))
+    for (_, reply), ended in zip(each_reply(rollout), rollout.ended.tolist()):
+        assert [token in task.stop_ids for token in reply] == [False] * (len(reply) - 1) + [ended] and (ended or len(reply) == 12)
+    assert rollout.ended.any() == bool(task.stop_ids) and (rollout.logprobs[rollout.mask] < 0).all()
+    P.train(cfg, prompts=["ab", "c d"], reward=mean_length, model=lm, tokenizer=tokenizer)
+
+
+def mean_length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
+    """Messages go through the chat template, without a second bos. The reward gets the messages, the reply as a message, the ids, and
+    each column, None where a row lacks it."""
+    seen = []
+
+    def reward(prompts, completions, completion_ids, answer, level, **kwargs):
+        seen.append((prompts, completions, completion_ids, answer, level))
+        return [None if a is None else float(a) for a in answer]
+
+    ask, go_on = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab"}]
+    tokenizer = letters_tokenizer(bos_token="<", chat_template=CHAT)
+    rows = [{"prompt": ask, "answer": 3, "level": "x"}, {"prompt": go_on, "answer": None}, {"prompt": "plain", "answer": 1, "level": "y"}]
+    prompts = P.encode(tokenizer, rows)
+    assert [tokenizer.decode(p.ids).replace(" ", "") for p in prompts] == ["<user>hi<assistant>", "<user>hi<assistant>ab", "plain"]
+    run = P.train(Config(num_updates=1, batch_size=6, num_mini_batches=1, response_length=4, name="x", runs_dir=str(tmp_path),
+                         samples_per_prompt=2), prompts=rows, reward=reward, model=letters_model(), tokenizer=tokenizer)
+    prompts, completions, ids, answers, levels = seen[-1]
+    assert prompts[::2] == prompts[1::2] and sorted(map(str, prompts[::2])) == sorted(str(row["prompt"]) for row in rows)
+    for prompt, completion, reply_ids, answer, level in zip(*seen[-1]):
+        row = next(row for row in rows if row["prompt"] == prompt)
+        assert (answer, level) == (row["answer"], row.get("level")) and 1 <= len(reply_ids) <= 4
+        text = completion if isinstance(prompt, str) else completion[0].pop("content")
+        assert isinstance(text, str) and (isinstance(prompt, str) or completion == [{"role": "assistant"}])
+    assert lines(run / "metrics.jsonl")[1]["rewards/reward"] == 2 and lines(run / "metrics.jsonl")[1]["objective/scores"] == pytest.approx(4 / 3)
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, capsys):
+    """--max-prompt-length keeps what is no longer than that, of both sets, and says how many it dropped."""
+    cfg = Config(response_length=4, max_prompt_length=3, runs_dir=str(tmp_path))
+    task = P.prepare(cfg, ["abc", "abcd", "ab"], mean_length, letters_model(), letters_tokenizer(), ["a", "abcdef"])
+    assert [p.row["prompt"] for p in task.prompts] == ["abc", "ab"] and [p.row["prompt"] for p in task.held_out] == ["a"]
+    assert "Dropped 2 of 5 prompts: more than --max-prompt-length 3 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, changes", [("GPT2", dict(n_embd=16, n_layer=2, n_head=2, pad_token_id=None)), ("Llama", dict(pad_token_id=1)),
+                                           ("Bert", {}), ("Llama", dict(pad_token_id=None))])
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_reward_model_scores_each_text_as_if_alone(kind, changes, labels, tmp_path, capsys):
+    """Batches of texts of mixed length, with pad equal to a letter of the text, without a pad token, bidirectional: the model's own
+    logit of the one text. The label picks one of several. What is too long keeps its first token and its end."""
+    rm, tokenizer = letters_model(kind, "ForSequenceClassification", labels, **changes).eval(), letters_tokenizer()
+    rm.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    label = None if labels == 1 else "LABEL_2"
+    reward = P.load_reward_model(str(tmp_path / "judge"), False, torch.device("cpu"), torch.float32, Config(reward_label=label, batch_size=8))
+    prompts, completions = ["ab", "c", "what is ", "a", "abc", "x" * 40], ["a", "aaa", "zb", "", "bca", "y" * 60]
+    scores = reward(prompts, completions)
+    for prompt, completion, score in zip(prompts, completions, scores):
+        ids = tokenizer(prompt + completion)["input_ids"]
+        ids = ids if len(ids) <= 64 else ids[:1] + ids[-63:]
+        with torch.no_grad():
+            assert far(score, rm(input_ids=torch.tensor([ids])).logits[0, labels - 1]) < 1e-5
+    assert len(set(scores)) == 6 and reward(prompts[:2], completions[:2]) == pytest.approx(scores[:2], abs=1e-5)
+    assert "1 of 6 texts are longer than its 64 tokens" in capsys.readouterr().err and reward.__name__ == "judge"
+
+
+def test_a_reward_model_reads_chats_by_its_own_template(tmp_path):
+    rm, tokenizer = letters_model(head="ForSequenceClassification").eval(), letters_tokenizer(chat_template=CHAT)
+    rm.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    reward = P.load_reward_model(str(tmp_path / "judge"), True, torch.device("cpu"), torch.float32, Config())
+    score = reward([[{"role": "user", "content": "hi"}]], [[{"role": "assistant", "content": "yes"}]])
+    with torch.no_grad():
+        assert far(score[0], rm(torch.tensor([tokenizer("<user>hi<assistant>yes")["input_ids"]])).logits[0, 0]) < 1e-5
+
+
+@given(st.lists(st.lists(number, min_size=1, max_size=5), min_size=1, max_size=4))
+@settings(max_examples=30)
+def test_running_moments_are_those_of_all_numbers(batches):
+    moments = (0, 0.0, 0.0)
+    for batch in batches:
+        moments = P.update_moments(moments, torch.tensor(batch, dtype=REAL))
+    every = torch.tensor(sum(batches, []), dtype=REAL)
+    assert moments[0] == len(every) and far(moments[1], every.mean()) < 1e-9 and far(moments[2], ((every - every.mean()) ** 2).sum()) < 1e-8
+
+
+def test_scores_are_scaled_by_all_so_far_then_clipped(tmp_path, monkeypatch):
+    """What `credit` gets: the score over the standard deviation of all scores to this update, clipped; the metrics are of the raw."""
+    got, given_scores = [], [torch.tensor([1.0, 5.0]), torch.tensor([-9.0, 2.0])]
+    real = P.credit
+    monkeypatch.setattr(P, "credit", lambda rollout, scores, *rest: (got.append(scores.clone()), real(rollout, scores, *rest)))
+    calls = iter(given_scores)
+    run = P.train(Config(num_updates=2, batch_size=2, num_mini_batches=1, response_length=4, name="x", runs_dir=str(tmp_path),
+                         use_score_scaling=True, score_clip=1.2),
+                  prompts=["ab", "c"], reward=lambda prompts, completions, **columns: next(calls), model=letters_model(), tokenizer=letters_tokenizer())
+    deviations = [2.0, torch.tensor([1.0, 5.0, -9.0, 2.0]).std(correction=0)]
+    for shaped, raw, deviation in zip(got, given_scores, deviations):
+        assert far(shaped, (raw / deviation).clamp(-1.2, 1.2)) < 1e-6
+    assert [row["objective/scores"] for row in lines(run / "metrics.jsonl")[1:3]] == [3.0, -3.5]
+
+
+# What a run with everything that has a state needs: a critic of its own, an adaptive β, scaled scores, a decaying learning rate.
+STATEFUL = ("--response-length 6 --batch-size 8 --learning-rate 1e-2 --critic separate --critic-target action-value --kl-target 0.1 "
+            "--kl-horizon 50 --use-score-scaling --lr-scheduler-type linear --samples-per-prompt 2 --save-every 2")
+
+
+def command(files, more):
+    return shlex.split(f"--model {files}/model --prompts {files}/prompts.jsonl --reward {files}/rewards.py:answers {STATEFUL} {more}")
+
+
+def outcome(run):
+    """What must be the same of two runs: every metric but the times, the samples, and the bits of the final policy."""
+    metrics = [{k: x for k, x in row.items() if not k.startswith(("time/", "tokens_per"))} for row in lines(run / "metrics.jsonl")]
+    return metrics, lines(run / "samples.jsonl"), (run / "policy" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """An uninterrupted run of five updates with checkpoints at 2, 4 and 5, of which the last two are kept."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert P.main(command(files, f"--num-updates 5 --name whole --runs-dir {folder}")) == 0
+    return folder / "whole"
+
+
+def stopped(finished, folder, keep="000004"):
+    """A copy of the run as a kill leaves it: no policy, one checkpoint, logs that have gone on and end in half a line."""
+    run = folder / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "policy")
+    for path in (run / "checkpoints").iterdir():
+        if path.name != keep:
+            shutil.rmtree(path)
+    (run / "checkpoints" / "unfinished").mkdir(exist_ok=True)
+    (run / "checkpoints" / "unfinished" / "state.pt").write_bytes(b"half")
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"update": 6, "obj')
+    return run
+
+
+@pytest.mark.parametrize("keep", ["000004", "nothing"])
+def test_resume_goes_on_as_if_never_stopped(finished, tmp_path, keep):
+    """2N steps = N + load + N, bit for bit: metrics, samples and final weights; also from before the first checkpoint."""
+    assert [path.name for path in P.checkpoints(finished)] == ["000004", "000005"]
+    run = stopped(finished, tmp_path, keep)
+    assert P.main(["--resume", str(run)]) == 0
+    assert outcome(run) == outcome(finished)
+    assert len({row["kl_coef"] for row in outcome(run)[0] if "kl_coef" in row}) > 2  # there was a state to keep
+
+
+KILLER = """
+import os, random, signal, sys, time
+sys.path.insert(0, {here!r})
+import torch, transformers, tyro, ppo_llm  # once: each life of the run is a fork of this process
+
+kills, while_saving, lives, rng = 0, 0, 0, random.Random(0)
+unfinished, config = "killed/checkpoints/unfinished", "killed/config.json"
+while True:
+    arguments = ["--resume", "killed"] if os.path.exists(config) else sys.argv[1:]
+    pid, lives = os.fork(), lives + 1
+    if pid == 0:
+        os.dup2(os.open("life.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        os._exit(ppo_llm.main(arguments))
+    patience = time.monotonic() + rng.uniform(0, 1.2)
+    if kills % 2:  # every other time in the middle of a save
+        patience += 5
+        while not os.path.exists(unfinished) and time.monotonic() < patience and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            pass
+        patience = time.monotonic() + rng.uniform(0, 0.03)
+    while kills < 24 and time.monotonic() < patience:
+        time.sleep(0.001)
+    if kills < 24:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFEXITED(status):
+        print(kills, while_saving, lives, os.WEXITSTATUS(status))
+        break
+    kills, while_saving = kills + 1, while_saving + os.path.exists(unfinished)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_as_if_never_stopped(files, tmp_path):
+    """SIGKILL 24 times, at random and in the middle of saves: metrics, samples and weights equal those of a run left alone."""
+    arguments = command(files, "--num-updates 150 --save-every 1 --runs-dir .")
+    for name in ("alone", "killed"):
+        script = KILLER.format(here=str(HERE)) if name == "killed" else f"import sys; sys.path.insert(0, {str(HERE)!r}); import ppo_llm; ppo_llm.main()"
+        done = subprocess.run([sys.executable, "-c", script, *arguments, "--name", name], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    kills, while_saving, lives, status = map(int, done.stdout.split())
+    assert status == 0, (tmp_path / "life.txt").read_text()
+    assert kills >= 20 and while_saving >= 3 and lives == kills + 1
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "alone")
+
+
+def test_a_complete_run_goes_on_with_more_updates_and_not_without(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert P.main(["--resume", str(run)]) == 2 and "the run is complete; to go on, give a larger --num-updates" in capsys.readouterr().err
+    assert outcome(run) == outcome(finished)
+    assert P.main(["--resume", str(run), "--num-updates", "6"]) == 0
+    assert [row["update"] for row in lines(run / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    path.write_bytes(data)
+
+
+def move_model(run):
+    """The run's model is now another, in the folder that its settings name."""
+    about = json.loads((run / "config.json").read_text())
+    shutil.copytree(about["config"]["model"], run / "model")
+    flip(run / "model" / "model.safetensors")
+    about["config"]["model"] = str(run / "model")
+    (run / "config.json").write_text(json.dumps(about))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path("/tmp").joinpath, ("never",))
+
+
+DAMAGE = {  # what is done to the checkpoint; extra arguments; what the one line says
+    "a truncated optimizer": (lambda last: (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:-100]), "", "000004 is damaged"),
+    "a flipped bit in the policy": (lambda last: flip(last / "policy" / "model.safetensors"), "", "000004 is damaged"),
+    "a flipped bit in the critic": (lambda last: flip(last / "critic.safetensors"), "", "000004 is damaged"),
+    "no critic": (lambda last: (last / "critic.safetensors").unlink(), "", "000004 is damaged"),
+    "a pickle": (lambda last: torch.save(Bomb(), last / "state.pt"), "", "000004 is damaged or of another program (UnpicklingError"),
+    "an empty folder": (lambda last: (shutil.rmtree(last), last.mkdir()), "", "000004 is damaged"),
+    "logs cut off": (lambda last: (last.parents[1] / "metrics.jsonl").write_text(""), "", "metrics.jsonl is shorter than at the last checkpoint"),
+    "another model": (lambda last: move_model(last.parents[1]), "", "initial model was"),
+    "another learning rate": (lambda last: None, "--learning-rate 0.5", "learning_rate was 0.01 and is 0.5"),
+    "another critic": (lambda last: None, "--critic shared", "critic was separate and is shared"),
+    "a foreign config": (lambda last: (last.parents[1] / "config.json").write_text('{"config": {"lr": 1}}'), "", "expected the folder of a run of this ppo_llm.py"),
+    "no config": (lambda last: (last.parents[1] / "config.json").unlink(), "", "expected the folder of a run of this ppo_llm.py"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_foreign_or_changed_checkpoint_is_refused(damage, finished, files, tmp_path, capsys):
+    """One line that names what is wrong, exit status 2, no code executed, nothing changed on the disk."""
+    do, more, message = DAMAGE[damage]
+    run = stopped(finished, tmp_path)
+    do(P.checkpoints(run)[-1])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert P.main(["--resume", str(run), *more.split()]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and message in err[0], err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("room", [100, 3000, 20000])
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole(room, finished, tmp_path, capsys):
+    """With files limited to `room` bytes, logs, state or weights cannot be written: exit status 1, and the run goes on once there is room."""
+    import resource
+
+    run = stopped(finished, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        status = P.main(["--resume", str(run)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = [line for line in capsys.readouterr().err.strip().splitlines() if "%|" not in line]
+    assert status == 1 and len(err) == 1 and "cannot write" in err[0] and f"to go on from {run}/checkpoints/00000" in err[0], err
+    assert P.main(["--resume", str(run)]) == 0 and outcome(run) == outcome(finished)
+
+
+def test_a_failing_reward_names_the_reply_after_the_run_is_saved(files, tmp_path, capsys):
+    """The reward fails on one reply in the second update: the first is kept, the message names reward, prompt and reply, and the run
+    goes on once the reward is put right."""
+    (tmp_path / "fragile.py").write_text("calls = 0\ndef answers(prompts, completions, **columns):\n    global calls\n"
+        "    calls += len(prompts) > 1\n    if calls == 3:\n        return [1 / (p != prompts[-1]) for p in prompts]\n"
+        "    return [float(a) for a in columns['answer']]\n")
+    arguments = command(files, f"--num-updates 3 --name x --runs-dir {tmp_path}")
+    arguments[arguments.index("--reward") + 1] = f"{tmp_path}/fragile.py:answers"
+    assert P.main(arguments) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"reward answers failed at fragile.py:6: ZeroDivisionError: .*, for the prompt 't. t1' and the reply 't.*'; to go on from "
+                     r".*/x/checkpoints/000001: python ppo_llm.py --resume", err), err
+    text = (tmp_path / "fragile.py").read_text()
+    (tmp_path / "fragile.py").write_text(text.replace("calls == 3", "False"))
+    assert P.main(["--resume", str(tmp_path / "x")]) == 0
+    assert P.main(command(files, "--num-updates 3 --name y --runs-dir " + str(tmp_path))) == 0
+    assert outcome(tmp_path / "x") == outcome(tmp_path / "y")
+
+
+def test_steps_that_are_not_finite_are_left_out_and_then_end_the_run(tmp_path):
+    """A score of 1e30 overflows the value loss: those steps change no weight and are counted. One update of them is survived, a run of
+    them ends with what was seen."""
+    def reward(prompts, completions, **columns):
+        reward.calls += 1
+        return [1e30 if reward.calls in reward.bad else 1.0 + len(text) for text in completions]
+
+    def go(name, bad):
+        reward.calls, reward.bad, model = 0, bad, letters_model()
+        cfg = Config(num_updates=4, batch_size=8, response_length=4, name=name, runs_dir=str(tmp_path), save_every=1, num_ppo_epochs=1,
+                     num_mini_batches=2, missing_eos_penalty=1.0)
+        P.train(cfg, prompts=["ab", "c"], reward=reward, model=model, tokenizer=letters_tokenizer())
+        return model
+
+    model = go("one", [2])
+    rows = lines(tmp_path / "one" / "metrics.jsonl")
+    assert [(row["policy/skipped_steps"], row["policy/steps"]) for row in rows[1:5]] == [(0, 2), (2, 0), (0, 2), (0, 2)]
+    assert all(p.isfinite().all() for p in model.parameters())
+    with pytest.raises(P.RunError, match=r"not finite in 4 optimizer steps in a row, up to update 3.*1e\+30.*to go on from .*many/checkpoints/000002"):
+        go("many", [2, 3, 4])
+
+
+def test_a_policy_that_has_diverged_ends_the_run(tmp_path):
+    """A learning rate of 1e30 makes weights whose probabilities are no numbers: one line, and no checkpoint of it is kept as the last."""
+    with pytest.raises(P.RunError, match=r"probabilities are not finite: it has diverged; lower --learning-rate"):
+        P.train(Config(num_updates=4, batch_size=8, response_length=4, name="x", runs_dir=str(tmp_path), learning_rate=1e30),
+                prompts=["ab", "c"], reward=mean_length, model=letters_model(), tokenizer=letters_tokenizer())
+
+
 BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--batch-size 4 --num-mini-batches 8", 2, "--num-mini-batches 8: expected a divisor of --batch-size 4"),
     ("--batch-size 0", 2, "--batch-size 0: expected 1 or more"),
@@ -1000,25 +1355,24 @@ def test_every_flag_is_read_and_explained():
 
 
 @pytest.mark.slow
-def test_interrupt_finishes_the_update_and_saves(files, tmp_path):
-    """Ctrl-C once: the update in hand is finished and logged, the policy saved, the exit status 130."""
-    import signal
-    import time
-
-    process = subprocess.Popen([sys.executable, str(HERE / "ppo_llm.py"), "--model", str(files / "model"), "--prompts", str(files / "prompts.jsonl"),
-                                "--reward", f"{files}/rewards.py:answers", "--num-updates", "100000", "--batch-size", "8", "--name", "x",
-                                "--response-length", "4"], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_update_and_saves(number, status, files, tmp_path):
+    """Ctrl-C or SIGTERM once: the update in hand is finished and logged, the run saved, and the way to go on told; it is true."""
+    process = subprocess.Popen([sys.executable, str(HERE / "ppo_llm.py"), *command(files, "--num-updates 100000 --name x --save-every 99999")],
+                               cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs" / "x" / "metrics.jsonl"
     for _ in range(600):
         time.sleep(0.1)
         if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
+    assert process.returncode == status and "Traceback" not in err and f"{number.name}: finishing the update in hand" in err, err
     rows = lines(metrics)
     assert [row["update"] for row in rows] == list(range(len(rows))) and len(rows) > 3
-    assert (tmp_path / "runs" / "x" / "policy" / "model.safetensors").exists() and "Load the policy" in out
+    way = re.search(rf"Stopped by {number.name} after update {rows[-1]['update']}; to go on from runs/x/checkpoints/\d+: python ppo_llm.py (--resume .*)\n", out)
+    more = run_cli(*way.group(1).split(), "--num-updates", rows[-1]["update"] + 1, cwd=tmp_path)
+    assert more.returncode == 0 and [row["update"] for row in lines(metrics)] == [*range(len(rows) + 1), len(rows)], more.stderr
 
 
 def test_import_has_no_side_effects():
