@@ -32,6 +32,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib
 import importlib.util
 import io
 import itertools
@@ -600,29 +601,21 @@ def left_pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:  # ->
     return torch.tensor([[pad_id] * (width - len(row)) + row for row in rows]), mask
 
 
-def load(kind: str, name: str, flag: str, trust_remote_code: bool, **options):
-    """Auto{kind} of transformers from a folder or the hub. A model whose file lacks weights is refused: they would be random."""
+def load(kind: str, name: str, flag: str, cfg: Config):
+    """Auto{kind} of transformers from a folder or the hub, weights in float32. Refused if weights lack: they would be random."""
     import transformers
 
+    options = dict(dtype=torch.float32, output_loading_info=True) if kind.startswith("ModelFor") else {}
     try:
-        loaded = getattr(transformers, f"Auto{kind}").from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        loaded = getattr(transformers, f"Auto{kind}").from_pretrained(name, trust_remote_code=cfg.trust_remote_code, **options)
     except Exception as e:
         reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
         if "trust_remote_code" in str(e):
             reason = "it comes with code of its own: give --trust-remote-code if you trust it"
         raise UsageError(f"--{flag} {name}: {reason}") from None
-    if kind == "Tokenizer":
-        return loaded
-    model, info = loaded
-    if info["missing_keys"]:
-        raise UsageError(f"--{flag} {name}: it holds no {sorted(info['missing_keys'])[0]}, which a "
-                         f"{kind.replace('ModelFor', '')} model has; give another")
-    return model
-
-
-def load_model(name: str, flag: str, trust_remote_code: bool, kind: str = "CausalLM") -> nn.Module:
-    """A model, its weights in float32."""
-    return load(f"ModelFor{kind}", name, flag, trust_remote_code, dtype=torch.float32, output_loading_info=True)
+    if options and loaded[1]["missing_keys"]:
+        raise UsageError(f"--{flag} {name}: it holds no {min(loaded[1]['missing_keys'])}, so it is no {kind.replace('ModelFor', '')} model")
+    return loaded[0] if options else loaded
 
 
 def load_reward(spec: str) -> Reward:
@@ -634,6 +627,7 @@ def load_reward(spec: str) -> Reward:
             module = sys.modules[path] = importlib.util.module_from_spec(module_spec)
             module_spec.loader.exec_module(module)
         else:
+            sys.path.append(os.getcwd())
             module = importlib.import_module(path)
     except Exception as e:
         raise UsageError(f"--reward {spec}: expected FILE.py:FUNCTION or MODULE:FUNCTION, and {path or 'nothing'} cannot be "
@@ -648,8 +642,8 @@ def load_reward_model(name: str, chat: bool, device: torch.device, dtype: torch.
 
     It scores prompt and reply together, each text as if alone. Of a text too long for it, it sees the first token and the end.
     """
-    model = load_model(name, "reward-model", cfg.trust_remote_code, "SequenceClassification").to(device).eval()
-    tokenizer = load("Tokenizer", name, "reward-model", cfg.trust_remote_code)
+    model = load("ModelForSequenceClassification", name, "reward-model", cfg).to(device).eval()
+    tokenizer = load("Tokenizer", name, "reward-model", cfg)
     config = model.config.get_text_config()
     if chat and not tokenizer.chat_template:
         raise UsageError(f"--reward-model {name}: the prompts are chat messages and its tokenizer has no chat template")
@@ -1065,13 +1059,12 @@ def make_actors(cfg: Config, model: nn.Module, tokenizer, device: torch.device, 
     if cfg.critic == "separate":
         critic = copy.deepcopy(model)
     if cfg.critic_model is not None:
-        flag = ("critic-model", cfg.trust_remote_code)
-        names = load("Config", cfg.critic_model, *flag).architectures or [""]
+        names = load("Config", cfg.critic_model, "critic-model", cfg).architectures or [""]
         classifier = names[0].endswith("ForSequenceClassification")
-        critic = load_model(cfg.critic_model, *flag, "SequenceClassification" if classifier else "CausalLM")
+        critic = load("ModelForSequenceClassification" if classifier else "ModelForCausalLM", cfg.critic_model, "critic-model", cfg)
         if classifier and getattr(getattr(critic, "score", None), "out_features", None) != 1:
             raise UsageError(f"--critic-model {cfg.critic_model}: expected a decoder with a score head of one label")
-        if load("Tokenizer", cfg.critic_model, *flag).get_vocab() != tokenizer.get_vocab():
+        if load("Tokenizer", cfg.critic_model, "critic-model", cfg).get_vocab() != tokenizer.get_vocab():
             raise UsageError(f"--critic-model {cfg.critic_model}: its vocabulary is not that of the policy; it reads the same tokens")
     try:
         ref = Actor(copy.deepcopy(model).to(device), dtype).requires_grad_(False)
@@ -1099,8 +1092,7 @@ def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Tas
         if not (prompts or cfg.prompts) or not (rewards or cfg.reward_model):
             raise UsageError("a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION or --reward-model")
         if model is None:
-            model = load_model(cfg.model, "model", cfg.trust_remote_code)
-            tokenizer = load("Tokenizer", cfg.model, "model", cfg.trust_remote_code)
+            model, tokenizer = load("ModelForCausalLM", cfg.model, "model", cfg), load("Tokenizer", cfg.model, "model", cfg)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     rows, held_out = pick_prompts(cfg, tokenizer, limit, prompts, eval_prompts)
     chat = any(not isinstance(prompt.row["prompt"], str) for prompt in rows + held_out)
@@ -1186,6 +1178,10 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
     Raises UsageError, before anything is written, for what cannot be; RunError for what stops a run that has begun;
     KeyboardInterrupt, with the run saved, after the update in which Ctrl-C or SIGTERM came.
     """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # one progress bar, ours
+    logging.disable_progress_bar()
     seconds = defaultdict(float)
     cfg.check()
     kind = Path(cfg.model).name if cfg.model else "demo" if model is None else type(model).__name__
@@ -1509,10 +1505,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         cfg.check()
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         train(cfg)
     except UsageError as e:
         print(f"ppo_llm.py: {e}", file=sys.stderr)

@@ -871,9 +871,26 @@ def files(tmp_path_factory):
     (folder / "lacks.jsonl").write_text('{"prompt": "t1"}\n{"text": "t1"}\n')
     (folder / "empty.txt").write_text("\n")
     (folder / "latin.txt").write_bytes(b"t1\n\xff\n")
+    (folder / "blank.jsonl").write_text('{"prompt": "t1"}\n\n{"prompt": " "}\n')
+    (folder / "list.jsonl").write_text('["t1"]\n')
+    (folder / "roles.jsonl").write_text('{"prompt": [{"text": "t1"}]}\n')
+    (folder / "chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "t1"}]}\n')
+    (folder / "long.txt").write_text("t1 " * 40 + "\n")
+    letters_model().save_pretrained(folder / "long")
+    letters_tokenizer().save_pretrained(folder / "long")
+    model_of("Llama", 0, "ForSequenceClassification").save_pretrained(folder / "judge")
+    shutil.copytree(folder / "model", folder / "cut")
+    (folder / "cut" / "model.safetensors").write_bytes((folder / "cut" / "model.safetensors").read_bytes()[:-50])
+    from transformers import MambaConfig, MambaForCausalLM
+
+    MambaForCausalLM(MambaConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder / "mamba")
+    for name in ("judge", "mamba"):
+        words_tokenizer().save_pretrained(folder / name)
     (folder / "broken.py").write_text("import nothing_of_this_name\n")
     (folder / "rewards.py").write_text("def answers(prompts, completions, **columns):\n    return [float(a) for a in columns['answer']]\n"
                                        "def short(prompts, completions, **columns):\n    return [0.0]\n"
+                                       "def text(prompts, completions, **columns):\n    return ['much'] * len(prompts)\n"
+                                       "def number(prompts, completions, **columns):\n    return 1.0\n"
                                        "def nan(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n")
     return folder
 
@@ -1313,6 +1330,33 @@ BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/broken.py:f", 2, "cannot be imported: ModuleNotFoundError"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/nowhere.py:f", 2, "expected FILE.py:FUNCTION or MODULE:FUNCTION"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8 --stop-token 't1 t2'", 2, "--stop-token"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward no_such_module:f", 2, "no_such_module cannot be imported: ModuleNotFoundError"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward f", 2, "expected FILE.py:FUNCTION or MODULE:FUNCTION"),
+    ("--model {f}/model --prompts {f}/blank.jsonl --reward {f}/rewards.py:short", 2, "blank.jsonl, line 3: expected a \"prompt\""),
+    ("--model {f}/model --prompts {f}/list.jsonl --reward {f}/rewards.py:short", 2, "list.jsonl, line 1: expected a \"prompt\""),
+    ("--model {f}/model --prompts {f}/roles.jsonl --reward {f}/rewards.py:short", 2, "roles.jsonl, line 1: expected a \"prompt\""),
+    ("--model {f}/model --prompts {f}/chat.jsonl --reward {f}/rewards.py:short", 2, "tokenizer has no chat template"),
+    ("--model {f}/model --prompts {f}/prompts.txt --eval-prompts {f}/bad.jsonl --reward {f}/rewards.py:short", 2, "bad.jsonl, line 2"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --max-prompt-length 31", 2, "more than the 32 tokens"),
+    ("--model {f}/long --prompts {f}/long.txt --reward {f}/rewards.py:short --response-length 8", 2, "drop long prompts with --max-prompt-length"),
+    ("--model {f}/model --prompts {f}/long.txt --reward {f}/rewards.py:short --response-length 8 --max-prompt-length 3", 2, "leaves no prompt to train on"),
+    ("--model {f}/judge --prompts {f}/prompts.txt --reward {f}/rewards.py:short", 2, "it holds no lm_head.weight, so it is no CausalLM model"),
+    ("--model {f}/cut --prompts {f}/prompts.txt --reward {f}/rewards.py:short", 2, "--model {f}/cut"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward-model {f}/model --response-length 8", 2, "it holds no score.weight, so it is no SequenceClassification model"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward-model {f}/nowhere --response-length 8", 2, "--reward-model {f}/nowhere"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward-model {f}/judge --response-length 8", 2, "--reward-label None: expected one of LABEL_0, LABEL_1"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward-model {f}/judge --reward-label x --response-length 8", 2, "--reward-label x"),
+    ("--reward-model {f}/judge", 2, "give --model too"),
+    ("--critic-model {f}/judge", 2, "--critic shared: expected separate, with --critic-model"),
+    ("--critic separate --critic-model {f}/judge", 2, "expected a decoder with a score head of one label"),
+    ("--critic separate --critic-model {f}/long", 2, "its vocabulary is not that of the policy"),
+    ("--critic own", 2, "own"), ("--critic-lr 0", 2, "--critic-lr 0.0"), ("--score-clip -1", 2, "--score-clip -1.0"),
+    ("--samples-per-prompt 3", 2, "--samples-per-prompt 3: expected a divisor of --batch-size 128"),
+    ("--save-every 0", 2, "--save-every 0: expected 1 or more"), ("--max-prompt-length 0", 2, "--max-prompt-length 0"),
+    ("--resume {f}", 2, "expected the folder of a run"), ("--resume nowhere", 2, "expected the folder of a run"), ("--runs-dir /proc/x", 2, "cannot create /proc/x"),
+    ("--model {f}/mamba --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8", 2, "MambaForCausalLM cannot be trained here"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:text --response-length 8", 1, "reward text gave 'much' for the prompt 't"),
+    ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:number --response-length 8", 1, "reward number failed at"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8", 1, "reward short: expected 128 numbers, one a completion, got 1"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:answers --response-length 8", 1, "reward answers failed at rewards.py:2: KeyError: 'answer'"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward {f}/rewards.py:nan --response-length 8", 1, "reward nan gave nan for the prompt 't"),
@@ -1326,7 +1370,7 @@ def test_bad_input_is_refused_in_one_line(arguments, status, message, files, tmp
     monkeypatch.setattr(P, "demo_task", lambda seed: quick_demo(seed, 1))
     assert P.main(shlex.split(arguments.format(f=files))) == status
     err = capsys.readouterr().err.strip().splitlines()
-    assert len([line for line in err if "%|" not in line]) == 1 and err[-1].startswith("ppo_llm.py: ") and message in err[-1]
+    assert len([line for line in err if "%|" not in line]) == 1 and err[-1].startswith("ppo_llm.py: ") and message.format(f=files) in err[-1]
     assert status == 1 or not (tmp_path / "runs").exists()
 
 
@@ -1402,18 +1446,41 @@ def test_readme_names_only_what_exists():
     assert all(callable(getattr(P, name)) for name in functions) and all(callable(globals()[name]) for name in tests)
 
 
-def test_readme_code_runs_and_its_metrics_are_those_of_a_run(files, tmp_path, monkeypatch):
-    """The reward and the library example of the README, on a small folder in place of gpt2. Each metric has a row in its table."""
-    readme = (HERE / "README.md").read_text()
-    reward, library, load = re.findall(r"```python\n(.*?)```", readme, re.S)
-    (tmp_path / "rewards.py").write_text(reward)
-    (tmp_path / "prompts.jsonl").write_text((files / "prompts.jsonl").read_text())
+README = (HERE / "README.md").read_text()
+
+
+def test_readme_commands_and_code_run(files, tmp_path, monkeypatch, capsys):
+    """Every code block and every command with a model, word for word but for tiny folders in place of the hub's names and fewer updates."""
     monkeypatch.chdir(tmp_path)
-    command = re.search(r"    python ppo_llm.py (--model gpt2 --prompts .*)\n", readme).group(1).replace("gpt2", str(files / "model"))
-    assert P.main(command.split() + ["--num-updates", "1", "--response-length", "8", "--name", "NAME"]) == 0
-    exec(load, {})
-    exec(library.replace("gpt2", str(files / "model")).replace("num_updates=200", "num_updates=1, response_length=8"), {})
-    documented = re.findall(r"`([\w/*]+)`", re.search(r"\| metric \| meaning \|\n(.*?)\n\n", readme, re.S).group(1))
+    for name, lm in (("Qwen/Qwen3-0.6B", letters_model("Qwen3", head_dim=8, num_key_value_heads=1, max_position_embeddings=256)),
+                     ("gpt2", letters_model("GPT2", n_embd=16, n_layer=2, n_head=2, max_position_embeddings=256)),
+                     ("lvwerra/distilbert-imdb", letters_model("DistilBert", "ForSequenceClassification", 2, dim=16, n_layers=1, n_heads=2,
+                                                               hidden_dim=16, id2label={0: "NEGATIVE", 1: "POSITIVE"}))):
+        lm.save_pretrained(name)
+        letters_tokenizer(chat_template=CHAT).save_pretrained(name)
+    (tmp_path / "prompts.txt").write_text("the film was\nit is\n" * 10)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the film was"}\n' * 20)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    for code in blocks:
+        name = re.match(r"# (\w+\.py)", code)
+        if name:
+            (tmp_path / name.group(1)).write_text(code)
+    subprocess.run([sys.executable, "make_sums.py"], check=True)
+    assert len(lines(tmp_path / "sums.jsonl")) == 2000
+    commands = re.findall(r"^    python ppo_llm.py (--model .*)$", README, re.M)
+    for i, words in enumerate(commands):
+        assert P.main([*words.split(), "--num-updates", "1", "--batch-size", "8", "--name", "NAME" if i == 0 else f"run{i}"]) == 0
+    exact = P.load_reward("sums.py:exact")
+    assert exact(None, [[{"role": "assistant", "content": text}] for text in ("3 + 4 = 7", "7 or 8", "")], ["7"] * 3) == [1, 0, 0]
+    for code in blocks:
+        if not code.startswith("# "):
+            exec(code.replace("num_updates=200", "num_updates=1, batch_size=8"), {})
+    assert len(commands) == 3 and len(blocks) == 5
+
+
+def test_every_metric_of_a_run_is_explained(finished):
+    documented = re.findall(r"`([\w/*]+)`", re.search(r"\| metric \| meaning \|\n(.*?)\n\n", README, re.S).group(1))
     patterns = [name.replace("*", r"\w+").replace("NAME", r"\w+") for name in documented]
-    for row in lines(tmp_path / "runs" / "NAME" / "metrics.jsonl"):
-        assert [key for key in row if key != "update" and not any(re.fullmatch(p, key) for p in patterns)] == []
+    names = {name for row in lines(finished / "metrics.jsonl") for name in row} - {"update"}
+    assert [name for name in names if not any(re.fullmatch(p, name) for p in patterns)] == []
+    assert [p for p in patterns if not any(re.fullmatch(p, name) for name in names)] == []
