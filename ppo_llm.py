@@ -99,7 +99,8 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  
 
 def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:  # [..., V], [...] -> [...]
     """log π(token) in nats. The temperature is part of the policy: it is the one that the tokens were sampled with."""
-    return F.log_softmax(logits / temperature, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logits = logits if temperature == 1 else logits / temperature  # one pass over [..., V] less
+    return F.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:  # [..., V] -> [...]
@@ -219,6 +220,7 @@ class Rollout:
     ref_logprobs: Tensor | None = None  # [B, T] the same under the reference
     values: Tensor | None = None  # [B, T] V_old of the state before each token, frozen: the baseline
     predictions: Tensor | None = None  # [B, T] what the critic is trained on: V_old again, or Q_old of state and token
+    entropy: Tensor | None = None  # [B, T] of π_old before each token, for the metrics
     final_values: Tensor | None = None  # [B] V_old of the state after the last token
     advantages: Tensor | None = None  # [B, T]
     returns: Tensor | None = None  # [B, T] what the critic is regressed on
@@ -258,8 +260,14 @@ class Actor(nn.Module):
 
     def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32, critic: nn.Module | None = None,
                  action_values: bool = False):
+        from transformers.activations import NewGELUActivation
+
         super().__init__()
         self.lm, self.dtype, self.action_values = lm.eval(), torch.float32, action_values  # eval: dropout moves the ratio
+        for module in [*lm.modules(), *(critic.modules() if critic is not None else ())]:
+            for name, child in module.named_children():
+                if isinstance(child, NewGELUActivation):  # GPT-2's, written out in eight operations: torch has it in one
+                    setattr(module, name, nn.GELU(approximate="tanh"))
         self.critic_trunk = None if critic is None else critic.base_model.eval()
         self.logit_scale = getattr(lm.config, "logit_scale", None) or 1 / (getattr(lm.config, "logits_scaling", None) or 1)
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)
@@ -314,7 +322,9 @@ class Actor(nn.Module):
     def logits(self, states: Tensor) -> Tensor:  # [..., H] -> [..., V], at least float32
         with self.autocast():
             logits = self.lm.get_output_embeddings()(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def states(self, batch: Rollout, base=None) -> Tensor:  # -> [b, T + 1, H]
@@ -342,8 +352,8 @@ class Actor(nn.Module):
         return torch.cat([((self.logits(y) / temperature).softmax(-1) * self.value_head(z)).sum(-1)
                           for z, y in chunks]).view(states.shape[:2])
 
-    def logprobs(self, states: Tensor, batch: Rollout, temperature: float) -> tuple[Tensor, Tensor]:  # -> [b, T], [b, T]
-        """log π of the response tokens and the entropy of π at each; 0 where the mask is False.
+    def logprobs(self, states: Tensor, batch: Rollout, temperature: float, entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """log π of the response tokens and, on request, the entropy of π at each: [b, T] both, 0 where the mask is False.
 
         Vocabulary rows are computed for valid tokens only, in chunks. More than one chunk is recomputed in the backward
         pass: memory holds the logits of one chunk, never [B, T, V].
@@ -354,7 +364,7 @@ class Actor(nn.Module):
         def head(packed: Tensor, tokens: Tensor) -> Tensor:  # [n, H], [n] -> [2, n]
             logits = self.logits(packed)
             logprobs = logprobs_from_logits(logits, tokens, temperature)
-            return torch.stack([logprobs, entropy_from_logits(logits, temperature)])
+            return torch.stack([logprobs, entropy_from_logits(logits, temperature) if entropy else torch.zeros_like(logprobs)])
 
         if len(packed) <= self.tokens_at_once:
             both = head(packed, tokens)
@@ -397,8 +407,9 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
     for t in range(response_length):
         states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
         distribution = F.log_softmax(actor.logits(states) / temperature, dim=-1)  # [b, V]
-        noise = torch.empty_like(distribution).exponential_()  # argmax π/Exp(1) samples π: multinomial, without its host check
-        ids = (distribution.exp() / noise).argmax(-1, keepdim=True)  # [b, 1]
+        total = distribution.double().exp().cumsum(-1)  # inverse of the distribution function: one random number a reply
+        ids = torch.searchsorted(total, torch.rand_like(total[:, :1]) * total[:, -1:], right=True)
+        ids = ids.clamp(max=total.shape[-1] - 1)  # [b, 1]
         responses[alive, t] = ids.squeeze(1)
         logprobs[alive, t] = distribution.gather(1, ids).squeeze(1).to(logprobs.dtype)
         stopped |= torch.isin(ids.squeeze(1), stop)
@@ -420,17 +431,18 @@ def evaluate(actor: Actor, ref: Actor, rollout: Rollout, temperature: float, mic
     """Fill in log-probabilities and values of every response token, by the same forward that training uses."""
     B, T = rollout.mask.shape
     kind = dict(dtype=actor.value_head.weight.dtype)
-    rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.predictions = torch.zeros(4, B, T, **kind)
+    names = "logprobs", "entropy", "ref_logprobs", "values", "predictions"
+    vars(rollout).update(zip(names, torch.zeros(len(names), B, T, **kind)))
     rollout.final_values = torch.zeros(B, **kind)
     for rows in rollout.micro_batches(torch.arange(B), micro_batch_size):
         batch = rollout.rows(rows, actor.device)
         states = actor.states(batch)
-        logprobs, _ = actor.logprobs(states, batch, temperature)
+        logprobs, entropy = actor.logprobs(states, batch, temperature, entropy=True)
         ref_logprobs, _ = ref.logprobs(ref.states(batch), batch, temperature)
         critic_states = actor.critic_states(batch, states)
         values = actor.values(critic_states, states, temperature)  # [b, t + 1]
-        for name, x in dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values[:, :-1],
-                            predictions=actor.predictions(critic_states, batch)).items():
+        found = logprobs, entropy, ref_logprobs, values[:, :-1], actor.predictions(critic_states, batch)
+        for name, x in zip(names, found):
             getattr(rollout, name)[rows, :x.shape[1]] = x.to(**kind).cpu()
         rollout.final_values[rows] = values.gather(1, batch.mask.sum(1, keepdim=True)).squeeze(1).cpu()
 
@@ -469,14 +481,14 @@ def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
     stats["loss/value"] = vf_loss.detach()
     if critic_only:
         return loss, stats
-    new_logprobs, entropy = actor.logprobs(states, batch, cfg.temperature)
+    new_logprobs, entropy = actor.logprobs(states, batch, cfg.temperature, entropy=cfg.ent_coef != 0)
     pg_loss, pg_stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, cfg.cliprange, cfg.cliprange_high,
                                     cfg.dual_clip, weights)
     loss = loss + pg_loss - cfg.ent_coef * masked_mean(entropy, mask, weights)
     if cfg.kl_in == "loss":
         kl = kl_estimate(new_logprobs, batch.ref_logprobs, cfg.kl_estimator)
         loss = loss + kl_coef * masked_mean(kl, mask, weights)
-    stats |= pg_stats | {"loss/policy": pg_loss.detach(), "policy/entropy": masked_mean(entropy.detach(), mask)}
+    stats |= pg_stats | {"loss/policy": pg_loss.detach()}
     return loss, stats
 
 
@@ -986,6 +998,7 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, judged: dict[str, Tensor],
         "objective/non_score_reward": -kl_coef * kl.mean(), "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
         **{f"rewards/{name}": masked_mean(part, ~part.isnan()) for name, part in judged.items()},
         "reply/length": mask.sum(1).float().mean(), "reply/ended": rollout.ended.float().mean(),
+        "policy/entropy": masked_mean(rollout.entropy, mask),
         "policy/sampler_gap": masked_mean((rollout.logprobs - rollout.sampler_logprobs).abs(), mask),
         "val/mean": masked_mean(rollout.values, mask), "val/explained_variance": 1 - error / spread.clamp(min=1e-8)}
     return {name: float(x) for name, x in metrics.items()}
