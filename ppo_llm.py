@@ -88,7 +88,7 @@ def masked_mean(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tenso
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  # [B, T], [B, T] -> [B, T]
     """Scale the valid cells to variance 1 and, if shift_mean, shift them to mean 0. Masked cells become 0.
 
-    The variance is the population's; with the 1e-8 below the root, one cell or equal cells give 0 and not NaN.
+    The variance is the population's; the 1e-8 below the root keeps one cell, or equal cells, from giving NaN.
     shift_mean=False keeps the mean, as OpenAI's lm-human-preferences does for rewards (their sign carries meaning).
     """
     mean = masked_mean(x, mask)
@@ -233,10 +233,9 @@ class Rollout:
         whole, left = ..., (..., slice(-prompt, None))
         cut = {"queries": left, "query_mask": left, "ended": whole, "final_values": whole}
         part = {name: x[index][cut.get(name, (..., slice(reply)))] for name, x in vars(self).items() if x is not None}
-        part["valid"] = part["mask"].flatten().nonzero().squeeze(1)  # here and not on the device: no synchronisation
-        if torch.device(device).type == "cuda":
-            part = {name: x.pin_memory() for name, x in part.items()}
-        return Rollout(**{name: x.to(device, non_blocking=True) for name, x in part.items()})
+        part["valid"] = part["mask"].flatten().nonzero().squeeze(1)  # not on the device, which would have to be waited for
+        cuda = torch.device(device).type == "cuda"  # where a copy from pinned memory need not be waited for
+        return Rollout(**{name: (x.pin_memory() if cuda else x).to(device, non_blocking=cuda) for name, x in part.items()})
 
     def micro_batches(self, index: Tensor, size: int) -> list[Tensor]:
         """Cut the replies `index` into groups of at most `size`, of like length, so that little padding is computed."""
@@ -292,13 +291,14 @@ class Actor(nn.Module):
         padded, attention = F.pad(ids, (2, 0)), F.pad(torch.ones_like(ids), (2, 0))
         try:
             cache = DynamicCache(config=model.config)
-            ours = torch.cat([self.trunk(padded[:, :5], attention[:, :5], cache, model.base_model),
-                              self.trunk(padded[:, 5:], attention, cache, model.base_model)], 1)[:, 2:]
+            start = self.trunk(padded[:, :5], attention[:, :5], cache, model.base_model)
+            cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=self.device))  # as when replies have stopped
+            ours = torch.cat([start, self.trunk(padded[:, 5:], attention, cache, model.base_model)], 1)[:, 2:]
             own = model.base_model(input_ids=ids).last_hidden_state
             if model is self.lm:
                 ours, own = self.logits(ours), model(input_ids=ids).logits
             fault = "" if (own - ours).abs().max() < 0.02 * own.std() else (
-                "left-padded and with a cache, or through a scaled or soft-capped linear head, its output is not that of its forward")
+                "left-padded, with a cache, or through a scaled or soft-capped head, its output is not that of its forward")
         except Exception as e:
             fault = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
         if fault:
@@ -312,7 +312,7 @@ class Actor(nn.Module):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def trunk(self, ids: Tensor, attention: Tensor, cache=None, base=None) -> Tensor:  # [b, L], [b, cached + L] -> [b, L, H]
-        """Last hidden states, of the policy or of `base`. Positions count real tokens only: left padding must not shift them."""
+        """Last hidden states of the policy, or of `base`. Positions count real tokens: left padding must not shift them."""
         positions = (attention.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         with self.autocast():
             return (base or self.lm.base_model)(
@@ -343,7 +343,7 @@ class Actor(nn.Module):
             return (x * self.value_head.weight[batch.responses]).sum(-1) + self.value_head.bias[batch.responses]
         return self.value_head(x).squeeze(-1)
 
-    def values(self, critic_states: Tensor, states: Tensor, temperature: float) -> Tensor:  # [b, T + 1, H] each -> [b, T + 1]
+    def values(self, critic_states: Tensor, states: Tensor, temperature: float) -> Tensor:  # [b, T + 1, H] -> [b, T + 1]
         """The baseline of every state: V(s), or Σ_a π(a|s)·Q(s, a)."""
         x = critic_states.to(self.value_head.weight.dtype)
         if not self.action_values:
@@ -364,7 +364,8 @@ class Actor(nn.Module):
         def head(packed: Tensor, tokens: Tensor) -> Tensor:  # [n, H], [n] -> [2, n]
             logits = self.logits(packed)
             logprobs = logprobs_from_logits(logits, tokens, temperature)
-            return torch.stack([logprobs, entropy_from_logits(logits, temperature) if entropy else torch.zeros_like(logprobs)])
+            others = entropy_from_logits(logits, temperature) if entropy else torch.zeros_like(logprobs)
+            return torch.stack([logprobs, others])
 
         if len(packed) <= self.tokens_at_once:
             both = head(packed, tokens)
@@ -388,26 +389,27 @@ LOGITS_AT_ONCE = 2**26  # vocabulary logits alive at a time: 256 MB in float32
 
 @torch.inference_mode()
 def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length: int, temperature: float,
-             stop_ids: list[int], pad_id: int) -> Rollout:  # [B, P], [B, P] -> the first six fields
+             stop_ids: list[int]) -> Rollout:  # [B, P], [B, P] -> the first six fields
     """Sample a reply to each prompt, token by token with the KV cache, from the whole distribution at `temperature`.
 
-    Every few tokens the host asks which replies have stopped (its only synchronisation with the device) and drops them
-    from the batch once they are many.
+    Every few tokens the host asks which replies have stopped (its own only synchronisation with the device) and drops
+    them from the batch once they are many.
     """
     from transformers import DynamicCache
 
     B, P = queries.shape
-    responses = torch.full((B, response_length), pad_id, device=actor.device)
+    responses = torch.zeros((B, response_length), dtype=torch.long, device=actor.device)
     logprobs = torch.zeros((B, response_length), device=actor.device, dtype=actor.value_head.weight.dtype)
     stop = torch.tensor(stop_ids, dtype=torch.long, device=actor.device)
     alive = torch.arange(B, device=actor.device)  # rows still being written
     stopped = torch.zeros(B, dtype=torch.bool, device=actor.device)
     attention = torch.cat([query_mask, torch.ones(B, response_length, dtype=torch.bool)], 1).to(actor.device)
     ids, cache = queries.to(actor.device), DynamicCache(config=actor.lm.config)
+    wide = torch.float32 if actor.device.type == "mps" else torch.float64  # MPS has no float64
     for t in range(response_length):
         states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
         distribution = F.log_softmax(actor.logits(states) / temperature, dim=-1)  # [b, V]
-        total = distribution.double().exp().cumsum(-1)  # inverse of the distribution function: one random number a reply
+        total = distribution.to(wide).exp().cumsum(-1)  # inverse of the distribution function: one random number a reply
         ids = torch.searchsorted(total, torch.rand_like(total[:, :1]) * total[:, -1:], right=True)
         ids = ids.clamp(max=total.shape[-1] - 1)  # [b, 1]
         responses[alive, t] = ids.squeeze(1)
@@ -419,11 +421,11 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
                 break
             if len(going) < 0.75 * len(alive):
                 alive, attention, ids, stopped = alive[going], attention[going], ids[going], stopped[going]
-                cache.batch_select_indices(going)
+                cache.reorder_cache(going)
     responses = responses.cpu()
     mask = response_mask(responses, stop_ids)
     ended = (torch.isin(responses, stop.cpu()) & mask).any(1)
-    return Rollout(queries, query_mask, responses.masked_fill(~mask, pad_id), mask, ended, logprobs.cpu().where(mask, 0.0))
+    return Rollout(queries, query_mask, responses.masked_fill(~mask, 0), mask, ended, logprobs.cpu().where(mask, 0.0))
 
 
 @torch.inference_mode()
@@ -556,17 +558,19 @@ class Prompt:
 
 
 def as_row(x: str | dict) -> dict:
-    """A prompt, or a row with one, as a row; ValueError if it is neither."""
+    """A prompt, or a row with one, as a row; UsageError if it is neither."""
     row = {"prompt": x} if isinstance(x, str) else x
     prompt = row.get("prompt") if isinstance(row, dict) else None
     chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     if not (chat or isinstance(prompt, str)) or not prompt or not str(prompt).strip():
-        raise ValueError('expected a "prompt": a string that is not empty, or chat messages with "role" and "content"')
+        raise UsageError('expected a "prompt": a string that is not empty, or chat messages with "role" and "content"')
     return row
 
 
 def load_prompts(path: str) -> list[dict]:
     """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt."""
+    if Path(path).suffix not in (".txt", ".jsonl"):
+        raise UsageError(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line")
     rows = []
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -588,8 +592,7 @@ def tokens_of(tokenizer, text: str | list[dict], **template) -> list[int]:
     """Token ids of a string, or of chat messages by the tokenizer's template, which writes all special tokens itself."""
     if isinstance(text, str):
         return tokenizer(text)["input_ids"]
-    text = tokenizer.apply_chat_template(text, tokenize=False, **template)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer.apply_chat_template(text, return_dict=True, **template)["input_ids"]
 
 
 def encode(tokenizer, rows: list[dict]) -> list[Prompt]:
@@ -606,27 +609,29 @@ def encode(tokenizer, rows: list[dict]) -> list[Prompt]:
     return prompts
 
 
-def left_pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
-    """Left-padded token ids and their mask, from lengths: the pad token may be any."""
+def left_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
+    """Left-padded token ids and their mask. Any token does for padding, as masks come from lengths: 0."""
     width = max(map(len, rows))
     mask = torch.arange(width) >= width - torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    return torch.tensor([[pad_id] * (width - len(row)) + row for row in rows]), mask
+    return torch.tensor([[0] * (width - len(row)) + row for row in rows]), mask
 
 
 def load(kind: str, name: str, flag: str, cfg: Config):
-    """Auto{kind} of transformers from a folder or the hub, weights in float32. Refused if weights lack: they would be random."""
+    """Auto{kind} of transformers from a folder or the hub, in float32. Refused if weights lack: they would be random."""
     import transformers
 
     options = dict(dtype=torch.float32, output_loading_info=True) if kind.startswith("ModelFor") else {}
+    auto = getattr(transformers, f"Auto{kind}")
     try:
-        loaded = getattr(transformers, f"Auto{kind}").from_pretrained(name, trust_remote_code=cfg.trust_remote_code, **options)
+        loaded = auto.from_pretrained(name, trust_remote_code=cfg.trust_remote_code, **options)
     except Exception as e:
         reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
         if "trust_remote_code" in str(e):
             reason = "it comes with code of its own: give --trust-remote-code if you trust it"
         raise UsageError(f"--{flag} {name}: {reason}") from None
     if options and loaded[1]["missing_keys"]:
-        raise UsageError(f"--{flag} {name}: it holds no {min(loaded[1]['missing_keys'])}, so it is no {kind.replace('ModelFor', '')} model")
+        raise UsageError(f"--{flag} {name}: it holds no {min(loaded[1]['missing_keys'])}, so it is no "
+                         f"{kind.replace('ModelFor', '')} model")
     return loaded[0] if options else loaded
 
 
@@ -649,10 +654,17 @@ def load_reward(spec: str) -> Reward:
     return getattr(module, name)
 
 
+def joined(prompt: str | list[dict], completion: str | list[dict]) -> str | list[dict]:
+    """Prompt and reply as one text or chat. A reply that goes on with the assistant's last message joins it."""
+    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        return prompt + completion
+    return prompt[:-1] + [prompt[-1] | {"content": prompt[-1]["content"] + completion[0]["content"]}]
+
+
 def load_reward_model(name: str, chat: bool, device: torch.device, dtype: torch.dtype, cfg: Config) -> Reward:
     """A sequence-classification model as a reward function, with its own tokenizer and chat template.
 
-    It scores prompt and reply together, each text as if alone. Of a text too long for it, it sees the first token and the end.
+    It scores prompt and reply together, each text as if alone. Of one too long for it, it sees the first token and the end.
     """
     model = load("ModelForSequenceClassification", name, "reward-model", cfg).to(device).eval()
     tokenizer = load("Tokenizer", name, "reward-model", cfg)
@@ -669,14 +681,14 @@ def load_reward_model(name: str, chat: bool, device: torch.device, dtype: torch.
     @torch.inference_mode()
     def score(prompts: list, completions: list, **columns) -> list[float]:
         nonlocal told
-        rows = [tokens_of(tokenizer, p + c) for p, c in zip(prompts, completions)]
+        rows = [tokens_of(tokenizer, joined(p, c)) for p, c in zip(prompts, completions)]
         cut = sum(len(row) > longest for row in rows)
         if cut and not told:
             told = True
             print(f"\nreward model {name}: {cut} of {len(rows)} texts are longer than its {longest} tokens and lose their "
                   "beginning (said once)", file=sys.stderr)
         rows = [row if len(row) <= longest else row[:1] + row[len(row) - longest + 1:] for row in rows]
-        if own_pad is None:  # such a decoder scores the last token; to find that in a batch it needs a pad token that no text has
+        if own_pad is None:  # a decoder that scores the last token: to find that in a batch it needs a pad token of no text
             config.pad_token_id = min(set(range(config.vocab_size)).difference(*rows), default=None)
         size = 1 if config.pad_token_id is None else cfg.rows_at_once
         scores = torch.zeros(len(rows))
@@ -692,7 +704,8 @@ def load_reward_model(name: str, chat: bool, device: torch.device, dtype: torch.
     return score
 
 
-def judge(rewards: dict[str, Reward], rows: list[dict], completions: list, completion_ids: list[list[int]]) -> dict[str, Tensor]:
+def judge(rewards: dict[str, Reward], rows: list[dict], completions: list,
+          completion_ids: list[list[int]]) -> dict[str, Tensor]:
     """What each reward function says of each reply: {name: [B]}, NaN where it says None, that it does not apply.
 
     RewardError, naming the reward, the prompt and the reply, for one that raises or gives anything but finite numbers.
@@ -740,7 +753,7 @@ VERBS = "was felt seemed".split()
 ADVERBS = "rather very".split()
 LINKS = "and but".split()
 CLAUSE = f"the ({'|'.join(NOUNS)}) ({'|'.join(VERBS)})( ({'|'.join(ADVERBS)}))? ({'|'.join(GOOD + BAD)})"
-REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE}){{0,3}} \\.")
+REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
 DEMO = dict(num_updates=20, response_length=24, missing_eos_penalty=3.0, kl_coef=0.25, learning_rate=1e-3,
             lr_scheduler_type="linear", warmup_updates=3, reward_weights=(1.0, 0.0))
 
@@ -808,7 +821,7 @@ def demo_task(seed: int, steps: int = 160):
 
 @dataclass(frozen=True)
 class Config:
-    """PPO for language models in one file. Without --model, runs the embedded demo, with the defaults that stand here.
+    """PPO for language models in one file. Without --model, runs the embedded demo, with settings of its own.
 
     Names are those of TRL's PPOConfig where the thing is the same. An "update" is one batch of replies and the PPO
     epochs on it.
@@ -882,7 +895,7 @@ class Config:
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     loss_aggregation: Literal["token", "sequence"] = "token"  # each token, or each reply, weighs the same in a step
     target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
-    critic_warmup_updates: int = 0  # first updates, in which only the value head is trained
+    critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
     @property
     def rows_at_once(self) -> int:
@@ -896,14 +909,15 @@ class Config:
                 if x is not None and not ok(x):
                     raise UsageError(f"--{flag.replace('_', '-')} {x}: expected {expected}")
 
-        need("1 or more", lambda x: x >= 1, "num_updates", "batch_size", "response_length", "num_ppo_epochs", "num_mini_batches",
-             "micro_batch_size", "samples_per_prompt", "max_prompt_length", "save_every")
+        need("1 or more", lambda x: x >= 1, "num_updates", "batch_size", "response_length", "num_ppo_epochs",
+             "num_mini_batches", "micro_batch_size", "samples_per_prompt", "max_prompt_length", "save_every")
         need("0 or more", lambda x: 0 <= x < math.inf, "seed", "kl_coef", "vf_coef", "ent_coef", "missing_eos_penalty",
              "warmup_updates", "critic_warmup_updates")
         need("a number above 0", lambda x: 0 < x < math.inf, "temperature", "learning_rate", "kl_target", "kl_horizon",
              "max_grad_norm", "cliprange_high", "cliprange_value", "target_kl", "critic_lr", "score_clip")
         need("a number in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam", "critic_lam")
         need("a number between 0 and 1", lambda x: 0 < x < 1, "cliprange")
+        need(f"at least --batch-size {self.batch_size}", lambda x: x >= self.batch_size, "kl_horizon")
         need("a number above 1", lambda x: 1 < x < math.inf, "dual_clip")
         need(f"a divisor of --batch-size {self.batch_size}", lambda x: self.batch_size % x == 0, "num_mini_batches",
              "samples_per_prompt")
@@ -911,6 +925,8 @@ class Config:
         need("a file that exists", lambda x: Path(x).is_file(), "prompts", "eval_prompts")
         if self.kl_target is not None:
             need("a number above 0 to start from, with --kl-target", lambda x: x > 0, "kl_coef")
+        if self.kl_in == "loss":
+            need("k2 or k3, with --kl-in loss: as a loss k1 has no gradient on average", lambda x: x != "k1", "kl_estimator")
         if self.critic_model is not None:
             need("separate, with --critic-model", lambda x: x == "separate", "critic")
 
@@ -931,12 +947,11 @@ class Task:
     rewards: dict[str, Reward]  # by name
     weights: tuple[float, ...]  # of each reward in the score
     stop_ids: list[int]
-    pad_id: int
 
 
 @dataclass
 class State:
-    """Where a run stands: what a checkpoint holds beside the weights and the optimizer. No generator's state: see `reseed`."""
+    """Where a run stands: what a checkpoint holds beside weights and optimizer. No generator's state: see `reseed`."""
     kl_coef: float
     update: int = 0  # finished updates, so also the learning-rate schedule and the data cursor
     moments: tuple[float, float, float] = (0, 0.0, 0.0)  # of all scores, see `update_moments`
@@ -955,9 +970,9 @@ def collect(task: Task, prompts: list[Prompt], cfg: Config,
             seconds: dict[str, float]) -> tuple[Rollout, Tensor, dict[str, Tensor], list[str]]:
     """Steps 1 to 3 of an update: (rollout, scores [B], what each reward said {name: [B]}, replies)."""
     with timed(seconds, "generate"):
-        queries, query_mask = left_pad([prompt.ids for prompt in prompts], task.pad_id)
-        rollout = generate(task.actor, queries, query_mask, cfg.response_length, cfg.temperature, task.stop_ids,
-                           task.pad_id)
+        queries, query_mask = left_pad([prompt.ids for prompt in prompts])
+        with task.actor.autocast():  # around the whole loop, so that weights are cast once
+            rollout = generate(task.actor, queries, query_mask, cfg.response_length, cfg.temperature, task.stop_ids)
     if not rollout.sampler_logprobs.isfinite().all():
         raise RunError("the policy's probabilities are not finite: it has diverged; lower --learning-rate")
     with timed(seconds, "reward"):
@@ -974,13 +989,18 @@ def collect(task: Task, prompts: list[Prompt], cfg: Config,
 
 
 def evaluate_held_out(task: Task, cfg: Config) -> tuple[dict[str, Tensor], list[str]]:
-    """A batch of replies to held-out prompts, from the same seed each time: ({"score", "kl" and rewards: [n]}, replies)."""
+    """Replies to all held-out prompts, a batch at least, from the same seed each time: ({quantity: [n]}, replies)."""
     if not task.held_out:
         return {}, []
     reseed(cfg.seed)
     prompts = task.held_out * max(1, cfg.batch_size // len(task.held_out))
-    rollout, scores, judged, replies = collect(task, prompts, cfg, defaultdict(float))
-    return {"score": scores, "kl": reply_kl(rollout), **judged}, replies
+    found, replies = defaultdict(list), []
+    for i in range(0, len(prompts), cfg.batch_size):
+        rollout, scores, judged, texts = collect(task, prompts[i:i + cfg.batch_size], cfg, defaultdict(float))
+        replies += texts
+        for name, x in {"score": scores, "kl": reply_kl(rollout), **{f"rewards/{k}": v for k, v in judged.items()}}.items():
+            found[name].append(x)
+    return {name: torch.cat(xs) for name, xs in found.items()}, replies
 
 
 def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
@@ -1028,33 +1048,31 @@ def reseed(*parts: int) -> None:
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """Where to compute, and the type of matrix products."""
     try:
-        best = torch.accelerator.current_accelerator() or torch.device("cpu")
+        best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         device = best if cfg.device == "auto" else torch.device(cfg.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {cfg.device}: expected a device that torch has here, such as cpu") from None
-    if device.type == "cuda":
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    if dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    return device, getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    return device, getattr(torch, dtype)
 
 
 def pick_prompts(cfg: Config, tokenizer, limit: float, prompts: list | None,
                  eval_prompts: list | None) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and held-out ones, from the arguments or the files, tokenized. limit: tokens that the model takes."""
-    rows = [as_row(x) for x in prompts] if prompts else load_prompts(cfg.prompts)
-    held_out = [as_row(x) for x in eval_prompts] if eval_prompts else load_prompts(cfg.eval_prompts) if cfg.eval_prompts else []
+    """Prompts to train on and held-out ones, from the arguments or the files, tokenized. limit: the model's, in tokens."""
+    rows, held_out = ([as_row(x) for x in given] if given else load_prompts(path) if path else []
+                      for given, path in ((prompts, cfg.prompts), (eval_prompts, cfg.eval_prompts)))
     if not held_out:
         rows = random.Random(cfg.seed).sample(rows, len(rows))
         share = min(64, len(rows) // 10)
         held_out, rows = rows[:share], rows[share:]
     encoded = encode(tokenizer, held_out + rows)
-    longest = max(len(prompt.ids) for prompt in encoded)
-    if cfg.max_prompt_length is None and longest + cfg.response_length > limit:
-        raise UsageError(f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and the longest prompt has "
-                         f"{longest}; shorten the replies, or drop long prompts with --max-prompt-length")
-    if cfg.max_prompt_length is not None and cfg.max_prompt_length + cfg.response_length > limit:
-        raise UsageError(f"--max-prompt-length {cfg.max_prompt_length}: with --response-length {cfg.response_length} that is more "
-                         f"than the {limit} tokens that the model takes in all; shorten one of them")
+    longest = min(max(len(prompt.ids) for prompt in encoded), cfg.max_prompt_length or math.inf)
+    if longest + cfg.response_length > limit:
+        raise UsageError(f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and prompts have up "
+                         f"to {longest}; shorten the replies, or drop long prompts by --max-prompt-length")
     kept = [[prompt for prompt in part if len(prompt.ids) <= (cfg.max_prompt_length or math.inf)]
             for part in (encoded[len(held_out):], encoded[:len(held_out)])]
     dropped = len(encoded) - sum(map(len, kept))
@@ -1062,23 +1080,23 @@ def pick_prompts(cfg: Config, tokenizer, limit: float, prompts: list | None,
         raise UsageError(f"--max-prompt-length {cfg.max_prompt_length} leaves no prompt to train on: the shortest has "
                          f"{min(len(prompt.ids) for prompt in encoded)} tokens")
     if dropped:
-        print(f"Dropped {dropped} of {len(encoded)} prompts: more than --max-prompt-length {cfg.max_prompt_length} tokens")
+        print(f"Dropped {dropped} of {len(encoded)} prompts, longer than --max-prompt-length {cfg.max_prompt_length}")
     return tuple(kept)
 
 
-def make_actors(cfg: Config, model: nn.Module, tokenizer, device: torch.device, dtype: torch.dtype) -> tuple[Actor, Actor]:
+def make_actors(cfg: Config, model: nn.Module, tokenizer, device: torch.device,
+                dtype: torch.dtype) -> tuple[Actor, Actor]:
     """The policy with its critic, and the frozen reference."""
-    critic = None
-    if cfg.critic == "separate":
-        critic = copy.deepcopy(model)
+    critic = copy.deepcopy(model) if cfg.critic == "separate" and cfg.critic_model is None else None
     if cfg.critic_model is not None:
         names = load("Config", cfg.critic_model, "critic-model", cfg).architectures or [""]
         classifier = names[0].endswith("ForSequenceClassification")
-        critic = load("ModelForSequenceClassification" if classifier else "ModelForCausalLM", cfg.critic_model, "critic-model", cfg)
+        kind = "ModelForSequenceClassification" if classifier else "ModelForCausalLM"
+        critic = load(kind, cfg.critic_model, "critic-model", cfg)
         if classifier and getattr(getattr(critic, "score", None), "out_features", None) != 1:
             raise UsageError(f"--critic-model {cfg.critic_model}: expected a decoder with a score head of one label")
         if load("Tokenizer", cfg.critic_model, "critic-model", cfg).get_vocab() != tokenizer.get_vocab():
-            raise UsageError(f"--critic-model {cfg.critic_model}: its vocabulary is not that of the policy; it reads the same tokens")
+            raise UsageError(f"--critic-model {cfg.critic_model}: its vocabulary is not the policy's, whose tokens it reads")
     try:
         ref = Actor(copy.deepcopy(model).to(device), dtype).requires_grad_(False)
         actor = Actor(model.to(device), dtype, critic and critic.to(device), cfg.critic_target == "action-value")
@@ -1097,15 +1115,20 @@ def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Tas
     device, dtype = pick_device(cfg)
     reseed(cfg.seed)
     if model is None and cfg.model is None:
-        if cfg.prompts or cfg.reward or cfg.reward_model or prompts or reward:
+        if cfg.prompts or cfg.eval_prompts or cfg.reward or cfg.reward_model or prompts or reward:
             raise UsageError("prompts and rewards need a model: give --model too")
         model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
     else:
-        rewards = [load_reward(spec) for spec in cfg.reward] if reward is None else [reward] if callable(reward) else list(reward)
+        rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
         if not (prompts or cfg.prompts) or not (rewards or cfg.reward_model):
-            raise UsageError("a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION or --reward-model")
-        if model is None:
-            model, tokenizer = load("ModelForCausalLM", cfg.model, "model", cfg), load("Tokenizer", cfg.model, "model", cfg)
+            raise UsageError("a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION, "
+                             "or --reward-model NAME")
+        if tokenizer is None and cfg.model is None:
+            raise UsageError("a model needs its tokenizer: pass both")
+        model = load("ModelForCausalLM", cfg.model, "model", cfg) if model is None else model
+        tokenizer = load("Tokenizer", cfg.model, "model", cfg) if tokenizer is None else tokenizer
+    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+        model.float()  # half-precision weights would lose most of AdamW's small steps
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     rows, held_out = pick_prompts(cfg, tokenizer, limit, prompts, eval_prompts)
     chat = any(not isinstance(prompt.row["prompt"], str) for prompt in rows + held_out)
@@ -1123,9 +1146,8 @@ def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Tas
         if len(ids) != 1:
             raise UsageError(f"--stop-token {cfg.stop_token!r}: expected one token of this tokenizer, got {len(ids)}")
         stop_ids.add(ids[0])
-    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token does: masks come from lengths
     actor, ref = make_actors(cfg, model, tokenizer, device, dtype)
-    return Task(actor, ref, tokenizer, rows, held_out, named, tuple(weights), sorted(stop_ids), pad_id)
+    return Task(actor, ref, tokenizer, rows, held_out, named, tuple(weights), sorted(stop_ids))
 
 
 @contextlib.contextmanager
@@ -1149,7 +1171,8 @@ def finish_on_signal():
             signal.signal(number, handler)
 
 
-def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State, cfg: Config) -> tuple[dict[str, float], list[dict]]:
+def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State,
+               cfg: Config) -> tuple[dict[str, float], list[dict]]:
     """Steps 1 to 5 of the algorithm, and the state after them: (metrics, a few samples)."""
     reseed(cfg.seed, state.update)
     seconds = defaultdict(float)
@@ -1168,8 +1191,8 @@ def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State, cfg: 
         group["lr"] = rate * schedule(state.update, cfg)
     with timed(seconds, "update"):
         stats = ppo_update(task.actor, optimizer, rollout, state.kl_coef, cfg, state.update < cfg.critic_warmup_updates)
-    metrics = {"update": state.update + 1, "episode": (state.update + 1) * cfg.batch_size, "lr": optimizer.param_groups[0]["lr"],
-               "kl_coef": state.kl_coef, **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
+    metrics = {"update": state.update + 1, "episode": (state.update + 1) * cfg.batch_size,
+               "lr": optimizer.param_groups[0]["lr"], "kl_coef": state.kl_coef, **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
                "tokens_per_second": int(rollout.mask.sum()) / sum(seconds.values()),
                **{f"time/{name}": x for name, x in seconds.items()}}
     samples = [{"update": state.update + 1, **prompt.row, "reply": reply, "score": float(score), "kl": float(kl)}
@@ -1178,7 +1201,8 @@ def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State, cfg: 
     state.update, state.moments = state.update + 1, moments
     state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
     if cfg.kl_target is not None:
-        state.kl_coef = adaptive_kl_coef(state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
+        kl = metrics["objective/kl"]
+        state.kl_coef = adaptive_kl_coef(state.kl_coef, kl, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
     return metrics, samples
 
 
@@ -1208,45 +1232,45 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
     with timed(seconds, "setup"):
         task = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
         critic = [p for name, p in task.actor.named_parameters() if not name.startswith("lm.")]
-        optimizer = torch.optim.AdamW([{"params": task.actor.lm.parameters()}, {"params": critic}], eps=1e-5, weight_decay=0.0,
-                                      fused=task.actor.device.type in ("cpu", "cuda"))
+        optimizer = torch.optim.AdamW([{"params": task.actor.lm.parameters()}, {"params": critic}], eps=1e-5,
+                                      weight_decay=0.0, fused=task.actor.device.type in ("cpu", "cuda"))
         state = resume(run, cfg, task, optimizer) if cfg.resume else start(run, cfg, task)
     board = tensorboard(run, state.update)
     try:
-        if not state.before:
-            with timed(seconds, "held-out"):
-                state.before = evaluate_held_out(task, cfg)
-            record(run, board, {"update": 0} | eval_metrics(state.before[0]))
         with finish_on_signal() as asked, progress(cfg.num_updates, state.update) as bar:
+            if not state.before:
+                with timed(seconds, "held-out"):
+                    state.before = evaluate_held_out(task, cfg)
+                record(run, board, {"update": 0} | eval_metrics(state.before[0]))
             while state.update < cfg.num_updates and not asked:
-                try:
-                    metrics, samples = one_update(task, optimizer, state, cfg)
-                except RewardError:
-                    save_checkpoint(run, task, optimizer, state)
-                    raise
+                metrics, samples = one_update(task, optimizer, state, cfg)
                 record(run, board, metrics, samples)
                 for name in ("generate", "reward", "evaluate", "update"):
                     seconds[name] += metrics[f"time/{name}"]
                 bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}, "
                                     f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
                 bar.update()
-                last = state.update == cfg.num_updates
                 if state.skipped >= 3:
-                    raise RunError(f"the loss or the gradient was not finite in {state.skipped} optimizer steps in a row, up to "
-                                   f"update {state.update}, with scores of {metrics['objective/scores']:.3g} on average")
-                if asked or cfg.save_every and (last or state.update % cfg.save_every == 0):
+                    raise RunError(f"the loss or the gradient was not finite in {state.skipped} optimizer steps in a row, up "
+                                   f"to update {state.update}, with scores of {metrics['objective/scores']:.3g} on average")
+                if cfg.save_every and (state.update % cfg.save_every == 0 or state.update == cfg.num_updates):
                     with timed(seconds, "save"):
                         save_checkpoint(run, task, optimizer, state)
-        if asked:
-            print(f"Stopped by {signal.Signals(asked[0]).name} after update {state.update}; {way_on(run)}")
-            raise KeyboardInterrupt(*asked)
-        with timed(seconds, "held-out"):
-            after = evaluate_held_out(task, cfg)
-        record(run, board, {"update": state.update} | eval_metrics(after[0]))
-        with whole(run / "policy") as folder:
-            task.actor.lm.save_pretrained(folder)
-            task.tokenizer.save_pretrained(folder)
+            if not asked:
+                with timed(seconds, "held-out"):
+                    after = evaluate_held_out(task, cfg)
+            if asked:
+                save_checkpoint(run, task, optimizer, state)
+                bar.close()
+                print(f"Stopped by {signal.Signals(asked[0]).name} after update {state.update}; {way_on(run)}")
+                raise KeyboardInterrupt(*asked)
+            record(run, board, {"update": state.update} | eval_metrics(after[0]))
+            with whole(run / "policy") as folder:
+                task.actor.lm.save_pretrained(folder)
+                task.tokenizer.save_pretrained(folder)
     except RunError as e:
+        if isinstance(e, RewardError) and state.before:
+            save_checkpoint(run, task, optimizer, state)
         raise RunError(f"{e}; {way_on(run)}") from e
     history = [row for row in map(json.loads, open(run / "metrics.jsonl")) if "objective/scores" in row]
     write_curves(run / "curves.svg", history)
@@ -1303,7 +1327,8 @@ def way_on(run: Path) -> str:
 
 def digest(tensors: dict[str, Tensor]) -> str:
     """Tells other weights, or damaged ones."""
-    return hashlib.sha256(str([(name, torch.hash_tensor(x).item()) for name, x in sorted(tensors.items())]).encode()).hexdigest()
+    hashes = [(name, torch.hash_tensor(x.cpu()).item()) for name, x in sorted(tensors.items())]
+    return hashlib.sha256(str(hashes).encode()).hexdigest()
 
 
 def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, state: State) -> None:
@@ -1316,9 +1341,10 @@ def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, sta
             for name in LOGS:
                 sync(run / name)
             weights = task.actor.state_dict()
+            critic = {name: x.contiguous() for name, x in weights.items() if not name.startswith("lm.")}
+            save_file(critic, temporary / "critic.safetensors")
             task.actor.lm.save_pretrained(temporary / "policy")
             task.tokenizer.save_pretrained(temporary / "policy")
-            save_file({name: x.contiguous() for name, x in weights.items() if not name.startswith("lm.")}, temporary / "critic.safetensors")
             torch.save({"state": vars(state), "optimizer": optimizer.state_dict(), "digest": digest(weights),
                         "logs": {name: (run / name).stat().st_size for name in LOGS}}, temporary / "state.pt")
     for old in checkpoints(run)[:-2]:
@@ -1362,8 +1388,9 @@ def start(run: Path, cfg: Config, task: Task) -> State:
 
 
 def refuse_changes(run: Path, there: dict, here: dict) -> None:
-    """UsageError that names each setting, or the model or prompts, in which a resumed run would differ from what it was."""
-    changed = [f"{name} was {there.get(name)} and is {x}" for name, x in here.items() if x != there.get(name) and name not in MAY_CHANGE]
+    """UsageError that names each setting, or the model or prompts, in which a resumed run would differ from before."""
+    changed = [f"{name} was {there.get(name)} and is {x}" for name, x in here.items()
+               if x != there.get(name) and name not in MAY_CHANGE]
     if changed:
         raise UsageError(f"--resume {run}: {'; '.join(changed)}; only {', '.join(MAY_CHANGE[:-1])} may change")
 
@@ -1385,8 +1412,9 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
             optimizer.load_state_dict(saved["optimizer"])
             state, logs = State(**saved["state"]), saved["logs"]
         except Exception as e:
-            raise UsageError(f"{last} is damaged or of another program ({type(e).__name__}: {next(iter(str(e).splitlines()), '')}); "
-                             "remove it to go on from what is before it") from e
+            reason = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+            raise UsageError(f"{last} is damaged or of another program ({reason}); remove it to go on from what is before "
+                             "it") from e
     if (run / "policy").exists() and (state.update == 0 or state.update >= cfg.num_updates):
         raise UsageError(f"--resume {run}: the run is complete" + (
             "; to go on, give a larger --num-updates" if state.update else " and has no checkpoint to go on from"))
@@ -1421,7 +1449,7 @@ def record(run: Path, board, metrics: dict[str, float], samples: list[dict] = []
     try:
         for name, rows in zip(LOGS, ([metrics], samples)):
             with open(run / name, "a") as f:
-                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     except OSError as e:
         raise RunError(f"cannot write to {run / name}: {e.strerror}") from e
     if board is not None:
@@ -1439,7 +1467,7 @@ def tensorboard(run: Path, update: int):
 
 
 def write_curves(path: Path, history: list[dict]) -> None:
-    """The learning curves as a picture: a panel each for the score, the KL, and every reward that is not all of the score."""
+    """The learning curves as a picture: a panel for the score, the KL, and each reward that is not all of the score."""
     names = ["objective/scores", "objective/kl"]
     names += [name for name in history[0] if name.startswith("rewards/")
               and any(row[name] != row["objective/scores"] for row in history)]
@@ -1499,8 +1527,11 @@ def parse(argv: list[str]) -> Config:
     """The command line as a Config. What tyro refuses is told in one line."""
     import tyro
 
-    given = dict(zip([arg.split("=")[0] for arg in argv], [arg.split("=", 1)[1] if "=" in arg else nxt for arg, nxt in zip(argv, argv[1:] + [""])]))
-    defaults = read_config(given["--resume"])[0] if "--resume" in given else Config() if "--model" in given else Config(**DEMO)
+    given = {arg.partition("=")[0]: arg.partition("=")[2] or after for arg, after in zip(argv, [*argv[1:], ""])}
+    if "--resume" in given:
+        defaults = read_config(given["--resume"])[0]
+    else:
+        defaults = Config() if {"--model", "-h", "--help"} & given.keys() else Config(**DEMO)
     refused = io.StringIO()
     try:
         with contextlib.redirect_stderr(refused):
