@@ -906,9 +906,8 @@ def optimistic_policy_loss(new_logprobs, logprobs, advantages, mask, cliprange=0
 
 
 def mean_of_micro_batches(new_logprobs, logprobs, advantages, mask, cliprange=0.2, cliprange_high=None, dual_clip=None, weights=None):
-    """Each micro-batch by its own mean (verl#7110, verl#5625, minRLHF): a short one weighs as much as a long one."""
-    loss, stats = right["policy_loss"](new_logprobs, logprobs, advantages, mask, cliprange, cliprange_high, dual_clip)
-    return (loss if weights is None else loss * weights.sum()), stats
+    """Each micro-batch by its own mean (verl#7110, verl#5625, minRLHF): the gradient depends on how the step was cut."""
+    return right["policy_loss"](new_logprobs, logprobs, advantages, mask, cliprange, cliprange_high, dual_clip)
 
 
 def metrics_of_padding(new_logprobs, logprobs, advantages, mask, cliprange=0.2, cliprange_high=None, dual_clip=None, weights=None):
@@ -1105,6 +1104,10 @@ def files(tmp_path_factory):
     MambaForCausalLM(MambaConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder / "mamba")
     for name in ("judge", "mamba"):
         words_tokenizer().save_pretrained(folder / name)
+    shutil.copytree(folder / "model", folder / "custom")
+    (folder / "custom" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {
+        "AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}))
+    (folder / "custom" / "own.py").write_text("raise SystemExit('code of the model was run')\n")
     (folder / "broken.py").write_text("import nothing_of_this_name\n")
     (folder / "rewards.py").write_text("def answers(prompts, completions, **columns):\n    return [float(a) for a in columns['answer']]\n"
                                        "def short(prompts, completions, **columns):\n    return [0.0]\n"
@@ -1286,6 +1289,17 @@ def test_a_reward_model_reads_chats_by_its_own_template(tmp_path):
             assert far(score, rm(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 0]) < 1e-5
 
 
+def test_functions_and_reward_models_are_weighted_and_logged_each(files, tmp_path, monkeypatch):
+    """A function of a module in the working folder, and a reward model, in one score; each has its own metric."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text("def count(prompts, completions, **columns):\n    return [len(c.split()) for c in completions]\n")
+    assert P.main(shlex.split(f"--model {files}/model --prompts {files}/prompts.txt --reward my_rewards:count --reward-model {files}/judge "
+                              "--reward-label LABEL_1 --reward-weights 0.5 -2 --num-updates 1 --batch-size 8 --response-length 5 --name x")) == 0
+    row = lines(tmp_path / "runs" / "x" / "metrics.jsonl")[1]
+    assert row["rewards/count"] > 0 != row["rewards/judge"]
+    assert row["objective/scores"] == pytest.approx(0.5 * row["rewards/count"] - 2 * row["rewards/judge"], abs=1e-5)
+
+
 @given(st.lists(st.lists(number, min_size=1, max_size=5), min_size=1, max_size=4))
 @settings(max_examples=30)
 def test_running_moments_are_those_of_all_numbers(batches):
@@ -1313,7 +1327,7 @@ def test_scores_are_scaled_by_all_so_far_then_clipped(tmp_path, monkeypatch):
 
 # What a run with everything that has a state needs: a critic of its own, an adaptive β, scaled scores, a decaying learning rate.
 STATEFUL = ("--response-length 6 --batch-size 8 --learning-rate 1e-2 --critic separate --critic-target action-value --kl-target 0.1 "
-            "--kl-horizon 50 --use-score-scaling --lr-scheduler-type linear --samples-per-prompt 2 --save-every 2")
+            "--kl-horizon 50 --critic-lr 3e-2 --use-score-scaling --lr-scheduler-type linear --samples-per-prompt 2 --save-every 2")
 
 
 def command(files, more):
@@ -1332,6 +1346,14 @@ def finished(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     assert P.main(command(files, f"--num-updates 5 --name whole --runs-dir {folder}")) == 0
     return folder / "whole"
+
+
+def test_policy_and_critic_have_learning_rates_of_their_own(finished):
+    """On one schedule: at the fourth of five updates a linear decay leaves two fifths. All of a separate critic is in the second group."""
+    groups = torch.load(finished / "checkpoints" / "000004" / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([0.4 * 1e-2, 0.4 * 3e-2])
+    assert lines(finished / "metrics.jsonl")[4]["lr"] == pytest.approx(0.4 * 1e-2)
+    assert len(groups[1]["params"]) > 2
 
 
 def stopped(finished, folder, keep="000004"):
@@ -1591,6 +1613,7 @@ BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--model {f}/long --prompts {f}/long.txt --reward {f}/rewards.py:short --response-length 8", 2, "drop long prompts by --max-prompt-length"),
     ("--model {f}/model --prompts {f}/long.txt --reward {f}/rewards.py:short --response-length 8 --max-prompt-length 3", 2, "leaves no prompt to train on"),
     ("--model {f}/judge --prompts {f}/prompts.txt --reward {f}/rewards.py:short", 2, "it holds no lm_head.weight, so it is no CausalLM model"),
+    ("--model {f}/custom --prompts {f}/prompts.txt --reward {f}/rewards.py:short", 2, "it comes with code of its own: give --trust-remote-code"),
     ("--model {f}/cut --prompts {f}/prompts.txt --reward {f}/rewards.py:short", 2, "--model {f}/cut"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward-model {f}/model --response-length 8", 2, "it holds no score.weight, so it is no SequenceClassification model"),
     ("--model {f}/model --prompts {f}/prompts.txt --reward-model {f}/nowhere --response-length 8", 2, "--reward-model {f}/nowhere"),
