@@ -1192,7 +1192,8 @@ def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State,
     with timed(seconds, "update"):
         stats = ppo_update(task.actor, optimizer, rollout, state.kl_coef, cfg, state.update < cfg.critic_warmup_updates)
     metrics = {"update": state.update + 1, "episode": (state.update + 1) * cfg.batch_size,
-               "lr": optimizer.param_groups[0]["lr"], "kl_coef": state.kl_coef, **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
+               "lr": optimizer.param_groups[0]["lr"], "kl_coef": state.kl_coef,
+               **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
                "tokens_per_second": int(rollout.mask.sum()) / sum(seconds.values()),
                **{f"time/{name}": x for name, x in seconds.items()}}
     samples = [{"update": state.update + 1, **prompt.row, "reply": reply, "score": float(score), "kl": float(kl)}

@@ -1371,9 +1371,9 @@ def stopped(finished, folder, keep="000004"):
     return run
 
 
-@pytest.mark.parametrize("keep", ["000004", "nothing"])
+@pytest.mark.parametrize("keep", ["000004", "000005", "nothing"])
 def test_resume_goes_on_as_if_never_stopped(finished, tmp_path, keep):
-    """2N steps = N + load + N, bit for bit: metrics, samples and final weights; also from before the first checkpoint."""
+    """2N steps = N + load + N, bit for bit: metrics, samples and final weights; also from after the last update, or before any checkpoint."""
     assert [path.name for path in P.checkpoints(finished)] == ["000004", "000005"]
     run = stopped(finished, tmp_path, keep)
     assert P.main(["--resume", str(run)]) == 0
