@@ -259,7 +259,7 @@ def test_value_loss_by_brute_force(data, mask, clip):
     n, rows = max(1, int(mask.sum())), list(zip(new[mask].tolist(), old[mask].tolist(), returns[mask].tolist()))
     plain = [(v - r) ** 2 for v, _, r in rows]
     other = plain if clip is None else [(o + min(max(v - o, -clip), clip) - r) ** 2 for v, o, r in rows]
-    assume(all(abs(a - b) > 1e-9 or a == b for a, b in zip(plain, other)))
+    assume(all(abs(a - b) > 1e-9 or clip is None or abs(v - o) < clip for a, b, (v, o, _) in zip(plain, other, rows)))  # no kinks
     assert far(loss.detach(), 0.5 * sum(map(max, plain, other)) / n) < 1e-10 and loss >= 0.5 * sum(plain) / n - 1e-12
     assert far(stats["val/clipfrac"], sum(b > a for a, b in zip(plain, other)) / n) < 1e-12
     event("clipped" if any(b > a for a, b in zip(plain, other)) else "not clipped")
@@ -1166,7 +1166,7 @@ def test_as_a_library_twice_the_same(tmp_path):
         results.append((rows, (run / "policy" / "model.safetensors").read_bytes()))
     assert results[0] == results[1]
     rows = results[0][0]
-    assert rows[-1]["objective/scores"] > rows[1]["objective/scores"] + 0.2 and rows[-1]["rewards/share_of_t5"] == rows[-1]["objective/scores"]
+    assert rows[-2]["objective/scores"] > rows[1]["objective/scores"] + 0.2 and rows[-2]["rewards/share_of_t5"] == rows[-2]["objective/scores"]
 
 
 def test_columns_weights_and_the_adaptive_coefficient(files, tmp_path):
