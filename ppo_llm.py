@@ -364,8 +364,8 @@ class Actor(nn.Module):
         def head(packed: Tensor, tokens: Tensor) -> Tensor:  # [n, H], [n] -> [2, n]
             logits = self.logits(packed)
             logprobs = logprobs_from_logits(logits, tokens, temperature)
-            others = entropy_from_logits(logits, temperature) if entropy else torch.zeros_like(logprobs)
-            return torch.stack([logprobs, others])
+            entropies = entropy_from_logits(logits, temperature) if entropy else torch.zeros_like(logprobs)
+            return torch.stack([logprobs, entropies])
 
         if len(packed) <= self.tokens_at_once:
             both = head(packed, tokens)
@@ -498,7 +498,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
                critic_only: bool = False) -> dict[str, float]:
     """Several epochs of shuffled minibatches, an optimizer step each. Returns metrics, means over all their valid tokens.
 
-    A step whose loss or gradient is not finite is left out and counted, and so are its metrics.
+    A step whose loss or gradient is not finite is left out, with its metrics, and counted.
     """
     totals, tokens, norms, skipped = defaultdict(float), 0, [], 0
     rollout.weights = torch.zeros_like(rollout.advantages)
@@ -511,7 +511,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
             rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
         optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
         step = defaultdict(float)  # sums over the step's tokens
-        for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch)):
+        for rows in rollout.micro_batches(minibatch, cfg.rows_at_once):
             batch = rollout.rows(rows, actor.device)
             loss, stats = ppo_loss(actor, batch, kl_coef, cfg, critic_only)
             loss.backward()
@@ -549,6 +549,10 @@ class RunError(RuntimeError):
 
 class RewardError(RunError):
     """A reward that fails. The policy is sound, so the run is saved first."""
+
+
+def first_line(e: Exception) -> str:
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 @dataclass
@@ -625,7 +629,7 @@ def load(kind: str, name: str, flag: str, cfg: Config):
     try:
         loaded = auto.from_pretrained(name, trust_remote_code=cfg.trust_remote_code, **options)
     except Exception as e:
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        reason = first_line(e)
         if "trust_remote_code" in str(e):
             reason = "it comes with code of its own: give --trust-remote-code if you trust it"
         raise UsageError(f"--{flag} {name}: {reason}") from None
@@ -845,7 +849,7 @@ class Config:
     seed: int = 1  # of everything: same seed, same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay float32; auto: bfloat16 on CUDA
-    gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
+    gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one more forward pass
 
     # Rollout.
     num_updates: int = 100  # updates in all
@@ -898,7 +902,7 @@ class Config:
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
     @property
-    def rows_at_once(self) -> int:
+    def rows_at_once(self) -> int:  # replies in memory at a time
         return self.micro_batch_size or self.batch_size // self.num_mini_batches
 
     def check(self) -> None:
@@ -1087,8 +1091,10 @@ def pick_prompts(cfg: Config, tokenizer, limit: float, prompts: list | None,
 def make_actors(cfg: Config, model: nn.Module, tokenizer, device: torch.device,
                 dtype: torch.dtype) -> tuple[Actor, Actor]:
     """The policy with its critic, and the frozen reference."""
-    critic = copy.deepcopy(model) if cfg.critic == "separate" and cfg.critic_model is None else None
-    if cfg.critic_model is not None:
+    critic = None
+    if cfg.critic == "separate" and cfg.critic_model is None:
+        critic = copy.deepcopy(model)
+    elif cfg.critic == "separate":
         names = load("Config", cfg.critic_model, "critic-model", cfg).architectures or [""]
         classifier = names[0].endswith("ForSequenceClassification")
         kind = "ModelForSequenceClassification" if classifier else "ModelForCausalLM"
@@ -1209,7 +1215,7 @@ def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State,
 
 def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward] | None = None,
           model: nn.Module | None = None, tokenizer=None, eval_prompts: list | None = None) -> Path:
-    """Run PPO and return the folder of the run. What is not passed comes from cfg or is the embedded demo.
+    """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(Config(**DEMO)).
 
     prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
     f(prompts, completions, **columns) -> list of floats. model, tokenizer: of transformers; the model is trained in place.
@@ -1312,7 +1318,7 @@ def whole(folder: Path):
         sync(folder.parent)
     except Exception as e:  # OSError, and what safetensors and torch make of it
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write {folder}: {str(e).splitlines()[0]}") from e
+        raise RunError(f"cannot write {folder}: {first_line(e)}") from e
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -1402,7 +1408,8 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
 
     refuse_changes(run, read_config(run)[1]["sha256"], identity(task))
     state, logs = State(cfg.kl_coef), dict.fromkeys(LOGS, 0)
-    for last in checkpoints(run)[-1:]:
+    if checkpoints(run):
+        last = checkpoints(run)[-1]
         try:
             policy = type(task.actor.lm).from_pretrained(last / "policy", dtype=next(task.actor.lm.parameters()).dtype)
             weights = load_file(last / "critic.safetensors") | {f"lm.{name}": x for name, x in policy.state_dict().items()}
@@ -1413,9 +1420,8 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
             optimizer.load_state_dict(saved["optimizer"])
             state, logs = State(**saved["state"]), saved["logs"]
         except Exception as e:
-            reason = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
-            raise UsageError(f"{last} is damaged or of another program ({reason}); remove it to go on from what is before "
-                             "it") from e
+            raise UsageError(f"{last} is damaged or of another program ({type(e).__name__}: {first_line(e)}); remove it to go "
+                             "on from what is before it") from e
     if (run / "policy").exists() and (state.update == 0 or state.update >= cfg.num_updates):
         raise UsageError(f"--resume {run}: the run is complete" + (
             "; to go on, give a larger --num-updates" if state.update else " and has no checkpoint to go on from"))
