@@ -511,7 +511,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
             rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
         optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
         step = defaultdict(float)  # sums over the step's tokens
-        for rows in rollout.micro_batches(minibatch, cfg.rows_at_once):
+        for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch)):
             batch = rollout.rows(rows, actor.device)
             loss, stats = ppo_loss(actor, batch, kl_coef, cfg, critic_only)
             loss.backward()
