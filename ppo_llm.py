@@ -196,7 +196,7 @@ def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor
     new_values, values, returns = (torch.where(mask, x, 0.0) for x in (new_values, values, returns))
     error = clipped_error = (new_values - returns) ** 2
     if cliprange_value is not None:
-        clipped_error = (values + (new_values - values).clamp(-cliprange_value, cliprange_value) - returns) ** 2
+        clipped_error = (new_values.clamp(values - cliprange_value, values + cliprange_value) - returns) ** 2
     with torch.no_grad():
         stats = {"val/clipfrac": masked_mean((clipped_error > error).to(error.dtype), mask)}
     return 0.5 * masked_mean(torch.maximum(error, clipped_error), mask, weights), stats
