@@ -43,6 +43,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -174,7 +175,6 @@ def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask
     """
     log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)
     ratio = log_ratio.exp()
-    advantages = torch.where(mask, advantages, 0.0)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high)) * advantages
     surrogate = torch.minimum(unclipped, clipped)
@@ -237,10 +237,17 @@ class Rollout:
         cuda = torch.device(device).type == "cuda"  # where a copy from pinned memory need not be waited for
         return Rollout(**{name: (x.pin_memory() if cuda else x).to(device, non_blocking=cuda) for name, x in part.items()})
 
-    def micro_batches(self, index: Tensor, size: int) -> list[Tensor]:
-        """Cut the replies `index` into groups of at most `size`, of like length, so that little padding is computed."""
-        length = self.query_mask.sum(1) + self.mask.sum(1)
-        return list(index[length[index].argsort(stable=True)].split(size))
+    def micro_batches(self, index: Tensor, size: int, device: torch.device | str = "cpu") -> list[Tensor]:
+        """Cut the replies `index` into groups of at most `size`, of like length: little is computed for padding."""
+        length = (self.query_mask.sum(1) + self.mask.sum(1))[index]
+        free = 128 if torch.device(device).type == "cpu" else 8192  # padding that costs less than one more pass
+        groups, tokens = [], 0
+        for i in length.argsort(stable=True).tolist():  # row i would widen the rows of the last group to its own length
+            if not groups or len(groups[-1]) == size or len(groups[-1]) * length[i] > 1.125 * tokens + free:
+                groups, tokens = groups + [[]], 0
+            groups[-1].append(i)
+            tokens += length[i]
+        return [index[group] for group in groups]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -327,18 +334,18 @@ class Actor(nn.Module):
             logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def states(self, batch: Rollout, base=None) -> Tensor:  # -> [b, T + 1, H]
-        """State t predicts response token t, state T follows the last token. The only place that shifts."""
-        ids = torch.cat([batch.queries, batch.responses], 1)
+    def states(self, batch: Rollout, base=None, after: bool = False) -> Tensor:  # -> [b, T, H], or [b, T + 1, H]
+        """State t predicts response token t; with `after`, one more follows the last token. The only place that shifts."""
+        ids = torch.cat([batch.queries, batch.responses if after else batch.responses[:, :-1]], 1)
         attention = torch.cat([batch.query_mask, torch.ones_like(batch.mask)], 1)  # what follows a reply is never looked at
-        return self.trunk(ids, attention, base=base)[:, batch.queries.shape[1] - 1:]
+        return self.trunk(ids, attention[:, :ids.shape[1]], base=base)[:, batch.queries.shape[1] - 1:]
 
-    def critic_states(self, batch: Rollout, states: Tensor) -> Tensor:  # -> [b, T + 1, H]
-        return states if self.critic_trunk is None else self.states(batch, self.critic_trunk)
+    def critic_states(self, batch: Rollout, states: Tensor, after: bool = False) -> Tensor:  # as `states`
+        return states if self.critic_trunk is None else self.states(batch, self.critic_trunk, after)
 
-    def predictions(self, critic_states: Tensor, batch: Rollout) -> Tensor:  # [b, T + 1, H] -> [b, T]
+    def predictions(self, critic_states: Tensor, batch: Rollout) -> Tensor:  # [b, T or T + 1, H] -> [b, T]
         """What the critic is trained on: V of the state before each token, or Q of that state and the token."""
-        x = critic_states[:, :-1].to(self.value_head.weight.dtype)
+        x = critic_states[:, :batch.mask.shape[1]].to(self.value_head.weight.dtype)
         if self.action_values:  # only the rows of the sampled tokens
             return (x * self.value_head.weight[batch.responses]).sum(-1) + self.value_head.bias[batch.responses]
         return self.value_head(x).squeeze(-1)
@@ -358,7 +365,7 @@ class Actor(nn.Module):
         Vocabulary rows are computed for valid tokens only, in chunks. More than one chunk is recomputed in the backward
         pass: memory holds the logits of one chunk, never [B, T, V].
         """
-        packed = states[:, :-1].flatten(0, 1)[batch.valid]  # [N, H]
+        packed = states[:, :batch.mask.shape[1]].flatten(0, 1)[batch.valid]  # [N, H]
         tokens = batch.responses.flatten()[batch.valid]  # [N]
 
         def head(packed: Tensor, tokens: Tensor) -> Tensor:  # [n, H], [n] -> [2, n]
@@ -406,11 +413,12 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
     attention = torch.cat([query_mask, torch.ones(B, response_length, dtype=torch.bool)], 1).to(actor.device)
     ids, cache = queries.to(actor.device), DynamicCache(config=actor.lm.config)
     wide = torch.float32 if actor.device.type == "mps" else torch.float64  # MPS has no float64
+    uniform = torch.rand(B, response_length, dtype=wide, device=actor.device)  # a reply's own, whatever the others do
     for t in range(response_length):
         states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
         distribution = F.log_softmax(actor.logits(states) / temperature, dim=-1)  # [b, V]
-        total = distribution.to(wide).exp().cumsum(-1)  # inverse of the distribution function: one random number a reply
-        ids = torch.searchsorted(total, torch.rand_like(total[:, :1]) * total[:, -1:], right=True)
+        total = distribution.to(wide).exp().cumsum(-1)  # sampling by the inverse of the distribution function
+        ids = torch.searchsorted(total, uniform[alive, t, None] * total[:, -1:], right=True)
         ids = ids.clamp(max=total.shape[-1] - 1)  # [b, 1]
         responses[alive, t] = ids.squeeze(1)
         logprobs[alive, t] = distribution.gather(1, ids).squeeze(1).to(logprobs.dtype)
@@ -436,12 +444,12 @@ def evaluate(actor: Actor, ref: Actor, rollout: Rollout, temperature: float, mic
     names = "logprobs", "entropy", "ref_logprobs", "values", "predictions"
     vars(rollout).update(zip(names, torch.zeros(len(names), B, T, **kind)))
     rollout.final_values = torch.zeros(B, **kind)
-    for rows in rollout.micro_batches(torch.arange(B), micro_batch_size):
+    for rows in rollout.micro_batches(torch.arange(B), micro_batch_size, actor.device):
         batch = rollout.rows(rows, actor.device)
-        states = actor.states(batch)
+        states = actor.states(batch, after=True)
         logprobs, entropy = actor.logprobs(states, batch, temperature, entropy=True)
         ref_logprobs, _ = ref.logprobs(ref.states(batch), batch, temperature)
-        critic_states = actor.critic_states(batch, states)
+        critic_states = actor.critic_states(batch, states, after=True)
         values = actor.values(critic_states, states, temperature)  # [b, t + 1]
         found = logprobs, entropy, ref_logprobs, values[:, :-1], actor.predictions(critic_states, batch)
         for name, x in zip(names, found):
@@ -511,7 +519,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
             rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
         optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
         step = defaultdict(float)  # sums over the step's tokens
-        for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch)):
+        for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch), actor.device):
             batch = rollout.rows(rows, actor.device)
             loss, stats = ppo_loss(actor, batch, kl_coef, cfg, critic_only)
             loss.backward()
@@ -850,6 +858,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay float32; auto: bfloat16 on CUDA
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one more forward pass
+    profile: bool = False  # at the end, compare the update with the matrix products that this machine reaches
 
     # Rollout.
     num_updates: int = 100  # updates in all
@@ -976,7 +985,9 @@ def collect(task: Task, prompts: list[Prompt], cfg: Config,
     with timed(seconds, "generate"):
         queries, query_mask = left_pad([prompt.ids for prompt in prompts])
         with task.actor.autocast():  # around the whole loop, so that weights are cast once
-            rollout = generate(task.actor, queries, query_mask, cfg.response_length, cfg.temperature, task.stop_ids)
+            parts = [generate(task.actor, *rows, cfg.response_length, cfg.temperature, task.stop_ids)
+                     for rows in zip(*(x.split(8 * cfg.rows_at_once) for x in (queries, query_mask)))]
+        rollout = Rollout(*(torch.cat([vars(part)[name] for part in parts]) for name in list(vars(parts[0]))[:6]))
     if not rollout.sampler_logprobs.isfinite().all():
         raise RunError("the policy's probabilities are not finite: it has diverged; lower --learning-rate")
     with timed(seconds, "reward"):
@@ -1201,6 +1212,9 @@ def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State,
                "lr": optimizer.param_groups[0]["lr"], "kl_coef": state.kl_coef,
                **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
                "tokens_per_second": int(rollout.mask.sum()) / sum(seconds.values()),
+               "perf/rollout_tokens_per_second": int(rollout.mask.sum()) / seconds["generate"],
+               "perf/update_flops_per_second": update_flops(task.actor, rollout, stats["policy/steps"] / cfg.num_mini_batches)
+               / seconds["update"],
                **{f"time/{name}": x for name, x in seconds.items()}}
     samples = [{"update": state.update + 1, **prompt.row, "reply": reply, "score": float(score), "kl": float(kl)}
                for prompt, reply, score, kl in zip(prompts[:4], replies, scores, reply_kl(rollout))]
@@ -1281,7 +1295,7 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
         raise RunError(f"{e}; {way_on(run)}") from e
     history = [row for row in map(json.loads, open(run / "metrics.jsonl")) if "objective/scores" in row]
     write_curves(run / "curves.svg", history)
-    report(run, task.held_out, state.before, after, history, seconds)
+    report(run, task.held_out, state.before, after, history, seconds, performance(task.actor, history, cfg))
     return run
 
 
@@ -1290,7 +1304,8 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-MAY_CHANGE = ("num_updates", "save_every", "micro_batch_size", "gradient_checkpointing", "device", "resume")  # on a resume
+MAY_CHANGE = ("num_updates", "save_every", "micro_batch_size", "gradient_checkpointing", "device", "profile",
+              "resume")  # on a resume
 
 
 def sync(path: Path) -> None:
@@ -1433,6 +1448,63 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
     return state
 
 
+def update_flops(actor: Actor, rollout: Rollout, epochs: float) -> float:
+    """FLOPs that so many PPO epochs on a rollout need: 2 a weight and token forward, 4 backward, and attention to the past.
+
+    Padding, recomputation and the optimizer are not in it; of a mixture every expert is.
+    """
+    lengths = (rollout.query_mask.sum(1) + rollout.mask.sum(1)).double() - 1  # the last token predicts nothing
+    products = float(rollout.mask.sum()) * actor.lm.get_output_embeddings().weight.numel()
+    for trunk in filter(None, (actor.lm.base_model, actor.critic_trunk)):
+        embeddings = sum(m.weight.numel() for m in trunk.modules() if isinstance(m, nn.Embedding))
+        weights = sum(p.numel() for p in trunk.parameters() if p.ndim > 1) - embeddings
+        attention = trunk.config.num_hidden_layers * trunk.config.hidden_size * lengths**2  # half of QKᵀ, half of its product with V
+        products += float((weights * lengths + attention).sum())
+    return 6 * products * epochs
+
+
+def matmul_flops_per_second(actor: Actor, tokens: int) -> float:
+    """What a matrix product reaches on hidden states of so many tokens, as in a layer's MLP: the median of 9."""
+    width = actor.value_head.in_features
+    a, b = (torch.randn(shape, dtype=actor.dtype, device=actor.device) for shape in ((tokens, width), (width, 4 * width)))
+    wait = torch.accelerator.synchronize if actor.device.type != "cpu" else lambda: None
+    flops, repeats, rates = 2 * a.numel() * b.shape[1], 1, []
+    while len(rates) < 9:
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        wait()
+        spent = time.perf_counter() - start
+        if spent < 0.05:
+            repeats *= 2
+        else:
+            rates.append(repeats * flops / spent)
+    return statistics.median(rates)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes that tensors held on the GPU so far; without one, that this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return math.nan
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def performance(actor: Actor, history: list[dict], cfg: Config) -> str:
+    """How fast the updates were, medians, and what the process took."""
+    rollout, update = (statistics.median(row[f"perf/{name}"] for row in history)
+                       for name in ("rollout_tokens_per_second", "update_flops_per_second"))
+    text = f"Rollout {rollout:.0f} tokens/s, update {update / 1e12:.3g} TFLOP/s"
+    if cfg.profile:
+        reached = matmul_flops_per_second(actor, cfg.rows_at_once * cfg.response_length)
+        text += f" ({update / reached:.0%} of the {reached / 1e12:.3g} that a matrix product of its shapes reaches)"
+    return f"{text}, peak memory {peak_memory(actor.device) / 1e9:.2f} GB"
+
+
 def progress(total: int, done: int = 0):
     """A bar on a terminal, a line every half minute in a log."""
     from tqdm import tqdm
@@ -1503,7 +1575,8 @@ def sparkline(ys: list[float], width: int = 40) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (y - low) / (high - low))] if high > low else "▁" for y in ys)
 
 
-def report(run: Path, held_out: list[Prompt], before, after, history: list[dict], seconds: dict[str, float]) -> None:
+def report(run: Path, held_out: list[Prompt], before, after, history: list[dict], seconds: dict[str, float],
+           speed: str) -> None:
     """What the terminal shows at the end."""
     width = min(120, shutil.get_terminal_size().columns)
     if after[1]:
@@ -1524,7 +1597,8 @@ def report(run: Path, held_out: list[Prompt], before, after, history: list[dict]
         print(f"  {label:18}{sparkline(ys)}  {ys[0]:.2f} → {ys[-1]:.2f}")
     phases = ", ".join(f"{name} {x:.1f}" for name, x in seconds.items())
     print()
-    print(textwrap.fill(f"Time {sum(seconds.values()):.1f} s: {phases}", width, subsequent_indent="  "))
+    for line in (f"Time {sum(seconds.values()):.1f} s: {phases}", speed):
+        print(textwrap.fill(line, width, subsequent_indent="  "))
     print(f"\nLoad the policy   AutoModelForCausalLM.from_pretrained('{run}/policy')")
     board = f", or: tensorboard --logdir {run.parent}" if importlib.util.find_spec("tensorboard") else ""
     print(f"Open the curves   {run}/curves.svg{board}")

@@ -391,6 +391,17 @@ def test_sampling_follows_the_policy():
     assert ((share - p).abs() < 4 * (p * (1 - p) / 4096) ** 0.5).all()
 
 
+def test_a_reply_is_made_by_its_own_random_numbers():
+    """The same seed gives the same replies whether the prompts are decoded together or in groups, and whichever rows stop first."""
+    actor, (ids, mask) = tiny_actor(), prompts_of((3, 1, 2, 5, 4, 2, 3, 1) * 3)
+    torch.manual_seed(0)
+    together = P.generate(actor, ids, mask, 12, 1.0, [STOP])
+    torch.manual_seed(0)
+    groups = [P.generate(actor, *rows, 12, 1.0, [STOP]) for rows in zip(ids.split(5), mask.split(5))]
+    assert torch.equal(together.responses, torch.cat([group.responses for group in groups]))
+    assert together.ended.any() and not together.ended.all() and len(together.mask.sum(1).unique()) > 3
+
+
 def test_logits_in_chunks_are_the_same_with_the_same_gradient(monkeypatch):
     actor, _, rollout = experience()
     batch = rollout.rows(torch.arange(8))
@@ -522,6 +533,19 @@ def test_rows_trim_and_lose_nothing():
             assert far(getattr(part, name)[part.mask], getattr(rollout, name)[index][rollout.mask[index]]) == 0
         assert torch.equal(part.valid, part.mask.flatten().nonzero().squeeze(1))
         assert torch.equal(part.final_values, rollout.final_values[index])
+
+
+def test_micro_batches_follow_the_tokens_and_not_the_padding():
+    """Geometric lengths, mean 8 of 64: padding is at most an eighth and 128 tokens a group, in no more groups than that needs."""
+    lengths = torch.empty(256).geometric_(1 / 8, generator=torch.Generator().manual_seed(0)).clamp(max=64)
+    rollout = dataclasses.replace(experience()[2], query_mask=torch.ones(256, 3) > 0, mask=torch.arange(64) < lengths.unsqueeze(1))
+    for size in (256, 20):
+        groups = rollout.micro_batches(torch.arange(256), size)
+        widths = [lengths[group] + 3 for group in groups]
+        assert all(len(x) <= size and len(x) * x.max() <= 1.125 * x.sum() + 128 for x in widths)
+        assert size < 256 or all(len(x) * y.min() > 1.125 * x.sum() + 128 for x, y in itertools.pairwise(widths))
+        assert all(x.max() <= y.min() for x, y in itertools.pairwise(widths))
+    assert len(rollout.micro_batches(torch.arange(256), 256, "cuda")) == 1  # where one more pass costs more than that
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -823,6 +847,22 @@ def test_gradient_clipping():
         assert norm > 0.1 and far((before - weights_of(actor)).norm(), limit or norm) < 1e-6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("critic", CRITICS)
+def test_flops_of_an_update_are_those_of_its_matrix_products(kind, critic):
+    """Without padding torch counts the same products, to the last one, plus those of a head for V and less attention, which it does not
+    count on the CPU: 6 FLOPs x 2 epochs x 8 replies x 2 layers x 16 hidden x 8² tokens for each trunk."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = settings_of()
+    actor, _, rollout = experience(kind, lengths=(3,) * 8, stop=(), critic=critic)
+    with FlopCounterMode(display=False) as counter:
+        one_update(actor, rollout, cfg)
+    head = 6 * 2 * 8 * 6 * 16 if critic[1] == "value" else 0
+    attention = 6 * 2 * 8 * 2 * 16 * 8**2 * (2 if critic[0] == "separate" else 1)
+    assert counter.get_total_flops() == P.update_flops(actor, rollout, cfg.num_ppo_epochs) + head - attention
+
+
 # --------------------------------------------------------------------------------------------------- the museum of bugs
 # Mistakes that others shipped, most of them for years and under green tests, each as its smallest form here: a wrong function that
 # takes the place of the right one, and the properties above that must then fail. Numbers in brackets are their issues.
@@ -938,10 +978,10 @@ def critic_sees_the_action(self, critic_states, states, temperature):
     return torch.cat([values[:, 1:], values[:, -1:]], 1)
 
 
-def dropout(self, batch, base=None):
+def dropout(self, batch, base=None, after=False):
     """Training mode in the update: the ratio is not 1 before the first step, and is never the same twice."""
     (base or self.lm).train()
-    return right["Actor.states"](self, batch, base)
+    return right["Actor.states"](self, batch, base, after)
 
 
 def edited(name, old, new):
