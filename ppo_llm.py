@@ -239,10 +239,10 @@ class Rollout:
 
     def micro_batches(self, index: Tensor, size: int, device: torch.device | str = "cpu") -> list[Tensor]:
         """Cut the replies `index` into groups of at most `size`, of like length: little is computed for padding."""
-        length = (self.query_mask.sum(1) + self.mask.sum(1))[index]
+        length = (self.query_mask.sum(1) + self.mask.sum(1))[index].tolist()
         free = 128 if torch.device(device).type == "cpu" else 8192  # padding that costs less than one more pass
         groups, tokens = [], 0
-        for i in length.argsort(stable=True).tolist():  # row i would widen the rows of the last group to its own length
+        for i in sorted(range(len(length)), key=length.__getitem__):  # row i would widen the rows of the last group to its own length
             if not groups or len(groups[-1]) == size or len(groups[-1]) * length[i] > 1.125 * tokens + free:
                 groups, tokens = groups + [[]], 0
             groups[-1].append(i)
@@ -278,6 +278,9 @@ class Actor(nn.Module):
         self.logit_scale = getattr(lm.config, "logit_scale", None) or 1 / (getattr(lm.config, "logits_scaling", None) or 1)
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)
         weight = lm.get_output_embeddings().weight  # [V, H]
+        for model in filter(None, (critic, lm)):  # where the head's gradient is that of the embedding too, a second dense
+            embedding = model.get_input_embeddings()  # [V, H] is not needed: rows are added to it
+            embedding.sparse = embedding.weight is weight and weight.device.type in ("cpu", "cuda")
         score = getattr(critic, "score", None)
         width = (score or (critic or lm).get_output_embeddings()).weight.shape[1]
         self.value_head = nn.Linear(width, len(weight) if action_values else 1)
@@ -833,10 +836,13 @@ def demo_task(seed: int, steps: int = 160):
 
 @dataclass(frozen=True)
 class Config:
-    """PPO for language models in one file. Without --model, runs the embedded demo, with settings of its own.
+    """PPO for language models in one file.
 
-    Names are those of TRL's PPOConfig where the thing is the same. An "update" is one batch of replies and the PPO
-    epochs on it.
+    Without --model, runs the embedded demo, with settings of its own.
+
+    Names are those of TRL's PPOConfig where the thing is the same.
+
+    An "update" is one batch of replies and the PPO epochs on it.
     """
     # The task.
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
@@ -1211,7 +1217,7 @@ def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State,
     metrics = {"update": state.update + 1, "episode": (state.update + 1) * cfg.batch_size,
                "lr": optimizer.param_groups[0]["lr"], "kl_coef": state.kl_coef,
                **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
-               "tokens_per_second": int(rollout.mask.sum()) / sum(seconds.values()),
+               "perf/tokens_per_second": int(rollout.mask.sum()) / sum(seconds.values()),
                "perf/rollout_tokens_per_second": int(rollout.mask.sum()) / seconds["generate"],
                "perf/update_flops_per_second": update_flops(task.actor, rollout, stats["policy/steps"] / cfg.num_mini_batches)
                / seconds["update"],
@@ -1269,7 +1275,7 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
                 for name in ("generate", "reward", "evaluate", "update"):
                     seconds[name] += metrics[f"time/{name}"]
                 bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}, "
-                                    f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
+                                    f"{metrics['perf/tokens_per_second']:.0f} tokens/s", refresh=False)
                 bar.update()
                 if state.skipped >= 3:
                     raise RunError(f"the loss or the gradient was not finite in {state.skipped} optimizer steps in a row, up "

@@ -459,7 +459,7 @@ def test_every_kind_of_model_is_itself_and_trains(kind, files, tmp_path):
     run = P.train(Config(model=str(tmp_path / "model"), prompts=str(files / "prompts.jsonl"), num_updates=2, batch_size=8, response_length=5,
                          learning_rate=1e-4, name="x", runs_dir=str(tmp_path)), reward=mean_number)
     metrics = lines(run / "metrics.jsonl")
-    assert metrics[1]["policy/ratio"] == pytest.approx(1, abs=0.1) and metrics[1]["policy/sampler_gap"] < 1e-5
+    assert metrics[1]["policy/ratio"] == pytest.approx(1, abs=0.3) and metrics[1]["policy/sampler_gap"] < 1e-5
     saved, ids = AutoModelForCausalLM.from_pretrained(run / "policy"), torch.tensor([[3, 5, 6, 1]])
     with torch.no_grad():
         moved = far(saved(ids).logits, lm(ids).logits)
@@ -838,6 +838,18 @@ def test_gradient_of_the_whole_loss_by_finite_differences(critic):
         assert abs((values[0] - values[1]) / (2 * h) - slope) < 1e-5 * max(1, abs(slope)) and abs(slope) > 1e-3
 
 
+def test_every_gradient_is_dense():
+    """What the embedding adds to the gradient of a tied head is made sparse; a critic copied from such a model has no head to add to."""
+    import copy
+
+    lm = tiny()
+    P.Actor(lm)
+    actor, (_, _, rollout) = P.Actor(lm, critic=copy.deepcopy(lm)), experience()
+    rollout.weights = rollout.mask.to(REAL) / rollout.mask.sum()
+    P.ppo_loss(actor, rollout.rows(torch.arange(8)), 0.0, settings_of())[0].backward()
+    assert lm.get_input_embeddings().sparse and not any(p.grad.is_sparse for p in actor.parameters() if p.grad is not None)
+
+
 def test_gradient_clipping():
     for limit in (None, 1e-3):
         cfg = settings_of(max_grad_norm=limit, num_ppo_epochs=1, num_mini_batches=1)
@@ -1205,7 +1217,7 @@ def test_as_a_library_twice_the_same(tmp_path):
     for name in ("a", "b"):
         cfg = Config(num_updates=12, batch_size=32, response_length=4, learning_rate=0.02, kl_coef=0.0, name=name, runs_dir=str(tmp_path), seed=3)
         run = P.train(cfg, prompts=["t1 t3", "t4"] * 8, reward=share_of_t5, model=tiny().float(), tokenizer=words_tokenizer())
-        rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per"))} for row in lines(run / "metrics.jsonl")]
+        rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in lines(run / "metrics.jsonl")]
         results.append((rows, (run / "policy" / "model.safetensors").read_bytes()))
     assert results[0] == results[1]
     rows = results[0][0]
@@ -1379,7 +1391,7 @@ def command(files, more):
 
 def outcome(run):
     """What must be the same of two runs: every metric but the times, the samples, and the bits of the final policy."""
-    metrics = [{k: x for k, x in row.items() if not k.startswith(("time/", "tokens_per"))} for row in lines(run / "metrics.jsonl")]
+    metrics = [{k: x for k, x in row.items() if not k.startswith(("time/", "perf/"))} for row in lines(run / "metrics.jsonl")]
     return metrics, lines(run / "samples.jsonl"), (run / "policy" / "model.safetensors").read_bytes()
 
 
