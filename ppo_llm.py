@@ -154,7 +154,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     """
     next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
     next_advantage = torch.zeros_like(values[:, 0])
-    advantages = torch.zeros_like(values)
+    advantages = torch.empty_like(values)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, next_advantage)
@@ -1213,14 +1213,16 @@ def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State,
     for group, rate in zip(optimizer.param_groups, (cfg.learning_rate, cfg.critic_lr or cfg.learning_rate)):
         group["lr"] = rate * schedule(state.update, cfg)
     with timed(seconds, "update"):
-        stats = ppo_update(task.actor, optimizer, rollout, state.kl_coef, cfg, state.update < cfg.critic_warmup_updates)
+        critic_only = state.update < cfg.critic_warmup_updates
+        stats = ppo_update(task.actor, optimizer, rollout, state.kl_coef, cfg, critic_only)
+    epochs = stats["policy/steps"] / cfg.num_mini_batches
     metrics = {"update": state.update + 1, "episode": (state.update + 1) * cfg.batch_size,
                "lr": optimizer.param_groups[0]["lr"], "kl_coef": state.kl_coef,
                **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
                "perf/tokens_per_second": int(rollout.mask.sum()) / sum(seconds.values()),
                "perf/rollout_tokens_per_second": int(rollout.mask.sum()) / seconds["generate"],
-               "perf/update_flops_per_second": update_flops(task.actor, rollout, stats["policy/steps"] / cfg.num_mini_batches)
-               / seconds["update"],
+               "perf/update_tokens_per_second": epochs * int(rollout.query_mask.sum() + rollout.mask.sum()) / seconds["update"],
+               "perf/update_flops_per_second": epochs * flops(task.actor, rollout, critic_only) / seconds["update"],
                **{f"time/{name}": x for name, x in seconds.items()}}
     samples = [{"update": state.update + 1, **prompt.row, "reply": reply, "score": float(score), "kl": float(kl)}
                for prompt, reply, score, kl in zip(prompts[:4], replies, scores, reply_kl(rollout))]
@@ -1454,19 +1456,20 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
     return state
 
 
-def update_flops(actor: Actor, rollout: Rollout, epochs: float) -> float:
-    """FLOPs that so many PPO epochs on a rollout need: 2 a weight and token forward, 4 backward, and attention to the past.
+def flops(actor: Actor, rollout: Rollout, critic_only: bool = False) -> float:
+    """FLOPs that an epoch on a rollout needs: 2 a weight and token forward, 4 backward, and attention to the past.
 
     Padding, recomputation and the optimizer are not in it; of a mixture every expert is.
     """
     lengths = (rollout.query_mask.sum(1) + rollout.mask.sum(1)).double() - 1  # the last token predicts nothing
-    products = float(rollout.mask.sum()) * actor.lm.get_output_embeddings().weight.numel()
+    total = 0.0 if critic_only else 6 * float(rollout.mask.sum()) * actor.lm.get_output_embeddings().weight.numel()
     for trunk in filter(None, (actor.lm.base_model, actor.critic_trunk)):
         embeddings = sum(m.weight.numel() for m in trunk.modules() if isinstance(m, nn.Embedding))
         weights = sum(p.numel() for p in trunk.parameters() if p.ndim > 1) - embeddings
-        attention = trunk.config.num_hidden_layers * trunk.config.hidden_size * lengths**2  # half of QKᵀ, half of its product with V
-        products += float((weights * lengths + attention).sum())
-    return 6 * products * epochs
+        attention = trunk.config.num_hidden_layers * trunk.config.hidden_size * lengths**2  # two products, half of each
+        backward = not (critic_only and trunk is actor.lm.base_model)
+        total += (6 if backward else 2) * float((weights * lengths + attention).sum())
+    return total
 
 
 def matmul_flops_per_second(actor: Actor, tokens: int) -> float:
@@ -1501,13 +1504,13 @@ def peak_memory(device: torch.device) -> float:
 
 
 def performance(actor: Actor, history: list[dict], cfg: Config) -> str:
-    """How fast the updates were, medians, and what the process took."""
-    rollout, update = (statistics.median(row[f"perf/{name}"] for row in history)
-                       for name in ("rollout_tokens_per_second", "update_flops_per_second"))
-    text = f"Rollout {rollout:.0f} tokens/s, update {update / 1e12:.3g} TFLOP/s"
+    """How fast the updates were, medians, and the memory that they took."""
+    rollout, update, done = (statistics.median(row[f"perf/{name}_per_second"] for row in history)
+                             for name in ("rollout_tokens", "update_tokens", "update_flops"))
+    text = f"Rollout {rollout:.0f} tokens/s, update {update:.0f} tokens/s at {done / 1e12:.3g} TFLOP/s"
     if cfg.profile:
         reached = matmul_flops_per_second(actor, cfg.rows_at_once * cfg.response_length)
-        text += f" ({update / reached:.0%} of the {reached / 1e12:.3g} that a matrix product of its shapes reaches)"
+        text += f" ({done / reached:.0%} of the {reached / 1e12:.3g} that a matrix product reaches)"
     return f"{text}, peak memory {peak_memory(actor.device) / 1e9:.2f} GB"
 
 

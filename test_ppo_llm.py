@@ -861,18 +861,20 @@ def test_gradient_clipping():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("critic", CRITICS)
-def test_flops_of_an_update_are_those_of_its_matrix_products(kind, critic):
+@pytest.mark.parametrize("critic_only", [False, True])
+def test_flops_are_those_of_the_matrix_products(kind, critic, critic_only):
     """Without padding torch counts the same products, to the last one, plus those of a head for V and less attention, which it does not
-    count on the CPU: 6 FLOPs x 2 epochs x 8 replies x 2 layers x 16 hidden x 8² tokens for each trunk."""
+    count on the CPU: for a trunk forward and backward 6 FLOPs x 2 epochs x 8 replies x 2 layers x 16 hidden x 8² tokens."""
     from torch.utils.flop_counter import FlopCounterMode
 
     cfg = settings_of()
     actor, _, rollout = experience(kind, lengths=(3,) * 8, stop=(), critic=critic)
     with FlopCounterMode(display=False) as counter:
-        one_update(actor, rollout, cfg)
-    head = 6 * 2 * 8 * 6 * 16 if critic[1] == "value" else 0
-    attention = 6 * 2 * 8 * 2 * 16 * 8**2 * (2 if critic[0] == "separate" else 1)
-    assert counter.get_total_flops() == P.update_flops(actor, rollout, cfg.num_ppo_epochs) + head - attention
+        P.ppo_update(actor, torch.optim.AdamW(actor.parameters()), rollout, 0.1, cfg, critic_only)
+    shared = critic[0] == "shared"
+    head = (4 if shared and critic_only else 6) * 2 * 8 * 6 * 16 if critic[1] == "value" else 0  # frozen states need no gradient
+    attention = (2 if critic_only else 6) * 2 * 8 * 2 * 16 * 8**2 + (0 if shared else 6) * 2 * 8 * 2 * 16 * 8**2
+    assert counter.get_total_flops() == 2 * P.flops(actor, rollout, critic_only) + head - attention
 
 
 # --------------------------------------------------------------------------------------------------- the museum of bugs
@@ -1239,6 +1241,21 @@ def test_columns_weights_and_the_adaptive_coefficient(files, tmp_path):
     for sample in lines(tmp_path / "x" / "samples.jsonl"):
         assert isinstance(sample["answer"], int) and sample["prompt"] == f"t{sample['answer'] % 6} t1"
         assert "t3" not in sample["reply"].split()[:-1]
+
+
+def test_speeds_are_those_of_the_times(files, tmp_path, capsys):
+    """Tokens over the seconds of their phase; --profile sets the FLOP/s of the PPO epochs beside those of a matrix product."""
+    assert P.main(command(files, f"--num-updates 2 --name x --runs-dir {tmp_path} --profile --stop-token t3")) == 0
+    for row in lines(tmp_path / "x" / "metrics.jsonl")[1:3]:
+        tokens, times = 8 * row["reply/length"], [row[f"time/{name}"] for name in ("generate", "reward", "evaluate", "update")]
+        assert row["perf/tokens_per_second"] * sum(times) == pytest.approx(tokens)
+        assert row["perf/rollout_tokens_per_second"] * times[0] == pytest.approx(tokens)
+        assert row["perf/update_tokens_per_second"] * times[3] == pytest.approx(row["policy/steps"] / 4 * (tokens + 8 * 2))
+    words = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"Rollout (\S+) tokens/s, update (\S+) tokens/s at (\S+) TFLOP/s "
+                      r"\((\d+)% of the (\S+) that a matrix product reaches\), peak memory (\S+) GB", words)
+    rollout, update, done, share, reached, memory = map(float, found.groups())
+    assert rollout > 0 and update > 0 and abs(share - 100 * done / reached) < 2 and reached > 1e-4 and 0.1 < memory < 24
 
 
 @pytest.mark.parametrize("special, eos", [({}, None), (dict(pad_token="a", eos_token="a"), 1), (dict(pad_token="z"), [3, 4]),
