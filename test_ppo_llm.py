@@ -102,6 +102,13 @@ def test_whitening_is_standard_and_affine_invariant(data, mask, scale, shift):
         assert far(P.masked_whiten(scale * x + shift, mask), white) < 1e-2
 
 
+def test_masked_whiten_worked_by_hand():
+    """1, 3 and 8: mean 4, variance (9 + 1 + 16) / 3 = 26/3, deviation 2.943920. -3, -1 and 4 over it; and that plus 4."""
+    x, mask = torch.tensor([[1.0, math.nan], [3.0, 8.0]], dtype=REAL), torch.tensor([[True, False], [True, True]])
+    assert far(P.masked_whiten(x, mask), [[-1.0190493, 0], [-0.3396831, 1.3587324]]) < 1e-7
+    assert far(P.masked_whiten(x, mask, shift_mean=False), [[2.9809507, 0], [3.6603169, 5.3587324]]) < 1e-7
+
+
 @given(st.lists(number, min_size=2, max_size=5), positive, number)
 def test_logprobs_and_entropy_from_logits(row, temperature, shift):
     logits, tokens = torch.tensor(row, dtype=REAL), torch.arange(len(row))
@@ -128,6 +135,25 @@ def test_kl_estimators_are_unbiased_by_enumeration(V, data):
     assert far(expected["k2"], (p.exp() * (p - q) ** 2).sum() / 2) < 1e-12
     assert (P.kl_estimate(p, q, "k2") >= 0).all() and (P.kl_estimate(p, q, "k3") >= -1e-15).all()
     assert torch.equal(P.kl_estimate(p, q), P.kl_estimate(p, q, "k1"))
+
+
+def test_kl_estimate_worked_by_hand():
+    """π = ½ against ¼: d = ln 2, k1 = 0.693147, k2 = d²/2 = 0.240227, k3 = ½ - 1 + d = 0.193147. ¼ against ½: -d, the same, 2 - 1 - d."""
+    half, quarter = torch.tensor([[0.5, 0.25]], dtype=REAL).log(), torch.tensor([[0.25, 0.5]], dtype=REAL).log()
+    for kind, expected in (("k1", [0.693147, -0.693147]), ("k2", [0.240227, 0.240227]), ("k3", [0.193147, 0.306853])):
+        assert far(P.kl_estimate(half, quarter, kind), [expected]) < 1e-6
+
+
+def test_extreme_values_stay_finite():
+    """Logits of ±1000, ratios of e^±50 against the advantage's sign or for it, a value 1e6 off: what is finite in theory is finite here."""
+    logits = torch.tensor([1000.0, 0.0, -1000.0], dtype=REAL)
+    assert far(P.logprobs_from_logits(logits.expand(3, -1), torch.arange(3)), [0, -1000, -2000]) < 1e-9
+    assert far(P.entropy_from_logits(logits), 0) < 1e-12
+    log_ratio, full = torch.tensor([[50.0, -50.0, -50.0]], dtype=REAL, requires_grad=True), torch.ones(1, 3, dtype=torch.bool)
+    loss, _ = P.policy_loss(log_ratio, torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 1.0]]), full)  # 1.2 and -0.8 by the clip, e^-50
+    assert far(loss.detach(), -0.4 / 3) < 1e-9 and far(gradient(loss, log_ratio), torch.zeros(1, 3)) < 1e-20
+    assert far(P.value_loss(torch.tensor([[1e6]], dtype=REAL), torch.zeros(1, 1), torch.ones(1, 1), full[:, :1])[0], (1e6 - 1) ** 2 / 2) < 1e-3
+    assert far(P.masked_whiten(torch.tensor([[1e6, 1e6 + 1, 1e6 + 2]], dtype=REAL), full), [[-1.5**0.5, 0, 1.5**0.5]]) < 1e-6
 
 
 def test_kl_gradients_as_the_docstring_says():
@@ -184,6 +210,16 @@ def test_gae_is_its_definition(data, mask, gamma, lam, truncated):
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
+def test_gae_worked_by_hand():
+    """γ = λ = ½. δ = 1 + ½·1 - ½, 0 + ½·1 - 1, 2 - 1 = 1, -½, 1, so A = 1 + ¼·-¼, -½ + ¼·1, 1 = 0.9375, -0.25, 1. A reply of two tokens,
+    cut off in a state worth 4: δ = 0 + 0 - 2, 1 + ½·4 - 0 = -2, 3, so A = -2 + ¼·3, 3 = -1.25, 3. The returns are A + V."""
+    rewards = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, math.nan]], dtype=REAL)
+    values = torch.tensor([[0.5, 1.0, 1.0], [2.0, 0.0, math.inf]], dtype=REAL)
+    mask, bootstrap = torch.tensor([[True, True, True], [True, True, False]]), torch.tensor([0.0, 4.0], dtype=REAL)
+    advantages, returns = P.gae(rewards, values, mask, 0.5, 0.5, bootstrap)
+    assert far(advantages, [[0.9375, -0.25, 1], [-1.25, 3, 0]]) < 1e-12 and far(returns, [[1.4375, 0.75, 2], [0.75, 3, 0]]) < 1e-12
+
+
 @given(st.data(), masks(shortest=1), fraction)
 def test_gae_at_its_ends(data, mask, gamma):
     """λ = 0: the TD error. λ = 1: the discounted return less V. The defaults are γ = 1, λ = 0.95, nothing after the reply."""
@@ -233,6 +269,18 @@ def test_policy_loss_by_brute_force(data, mask, low, high, dual):
     assert torch.equal(got[~mask], torch.zeros_like(got[~mask]))
     assert far(got[mask], [0.0 if f else -r * a / n for f, r, a in zip(flat, ratio, adv)]) < 1e-10
     assert all(g == 0 for g, f in zip(got[mask].tolist(), flat) if f)
+
+
+@given(st.floats(-1, 1).filter(bool), number.filter(lambda a: abs(a) > 0.01))
+def test_policy_loss_at_a_tie(log_ratio, advantage):
+    """ρ on the very edge of its range: both arguments of the minimum are ρA, nothing is clipped, and the whole gradient flows."""
+    new = torch.tensor([[log_ratio]], dtype=REAL, requires_grad=True)
+    ratio = new.detach().exp().item()
+    low, high = (1 - ratio, 1.0) if ratio < 1 else (0.5, ratio - 1)
+    assume(ratio in (1 - low, 1 + high))  # in floating point too
+    loss, stats = P.policy_loss(new, torch.zeros(1, 1, dtype=REAL), torch.tensor([[advantage]], dtype=REAL), torch.tensor([[True]]), low, high)
+    assert far(loss.detach(), -ratio * advantage) < 1e-12 and stats["policy/clipfrac"] == 0
+    assert far(gradient(loss, new), [[-ratio * advantage]]) < 1e-12
 
 
 def test_policy_loss_worked_by_hand():
