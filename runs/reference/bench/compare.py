@@ -3,6 +3,7 @@
     python -m venv trl-venv
     trl-venv/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0
     python runs/reference/bench/compare.py --trl trl-venv/bin/python
+    python runs/reference/bench/compare.py          # ours alone: short replies, batch sizes, micro-batches
 
 The work: a GPT-2 of random weights, prompts of 16 tokens, replies of full length (there is no EOS), the share of even
 tokens as the score, 4 epochs of 4 minibatches, float32. The first update of a process is left out; the rest give a
@@ -104,39 +105,60 @@ def run(command: list) -> tuple[str, float]:
     return text, usage.ru_maxrss / 1024
 
 
-def ours(work: Path, size: str, batch: int, reply: int, updates: int, *flags: str) -> tuple[float, float, str]:
-    """Seconds of an update, peak memory in MB, and the share of the matrix-product peak in the PPO epochs."""
-    folder = Path(tempfile.mkdtemp(dir=work))
-    text, memory = run([sys.executable, Path(__file__).parents[3] / "ppo_llm.py", "--model", work / size, "--prompts", work / f"{size}.jsonl",
-                        "--reward", f"{work}/even.py:even", "--batch-size", batch, "--response-length", reply, "--num-updates",
+def make_folder(work: Path, size: str, stops: int = 0) -> Path:
+    """Model and prompts as files. stops: how many of the first token ids end a reply."""
+    folder = work / f"{size}-{stops}"
+    if not folder.exists():
+        model = make_model(size)
+        model.generation_config.eos_token_id = list(range(stops)) or None
+        model.save_pretrained(folder)
+        make_tokenizer(size).save_pretrained(folder)
+        (folder / "prompts.jsonl").write_text("".join(
+            json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n" for row in make_prompts(size)))
+        (folder / "even.py").write_text(REWARD)
+    return folder
+
+
+def ours(model: Path, batch: int, reply: int, updates: int, *flags) -> tuple[float, float, float]:
+    """Seconds of an update, peak memory in MB, and the PPO epochs' share of what a matrix product reaches."""
+    folder = Path(tempfile.mkdtemp(dir=model))
+    text, memory = run([sys.executable, Path(__file__).parents[3] / "ppo_llm.py", "--model", model, "--prompts", model / "prompts.jsonl",
+                        "--reward", f"{model}/even.py:even", "--batch-size", batch, "--response-length", reply, "--num-updates",
                         updates, "--runs-dir", folder, "--name", "x", "--profile", *flags])
     rows = [json.loads(line) for line in open(folder / "x" / "metrics.jsonl")]
     seconds = [sum(x for name, x in row.items() if name.startswith("time/")) for row in rows if "time/update" in row]
-    return statistics.median(seconds[1:]), memory, re.search(r"\((\d+%)", text)[1]
+    return statistics.median(seconds[1:]), memory, float(re.search(r"\((\d+)%", text)[1])
 
 
-def main(python: str, repeats: int, updates: int) -> None:
-    work = Path(tempfile.mkdtemp())
-    (work / "even.py").write_text(REWARD)
+def against_trl(work: Path, python: str, repeats: int, updates: int) -> None:
     print("| size, batch, reply | TRL, s | ours, s | TRL ÷ ours | ÷ `--critic separate` | TRL, MB | ours, MB | TRL ÷ ours | ÷ separate | of peak |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for size, batch, reply in WORK:
-        if not (work / size).exists():
-            make_model(size).save_pretrained(work / size)
-            make_tokenizer(size).save_pretrained(work / size)
-            (work / f"{size}.jsonl").write_text("".join(
-                json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n" for row in make_prompts(size)))
-        found = []
+        found, model = [], make_folder(work, size)
         for _ in range(repeats):
             text, memory = run([python, __file__, "trl", size, batch, reply, updates])
             theirs = statistics.median(json.loads(text.splitlines()[-1])[1:])
-            shared, separate = (ours(work, size, batch, reply, updates, "--critic", kind) for kind in ("shared", "separate"))
+            shared, separate = (ours(model, batch, reply, updates, "--critic", kind) for kind in ("shared", "separate"))
             found.append((theirs, shared[0], theirs / shared[0], theirs / separate[0], memory, shared[1], memory / shared[1],
-                          memory / separate[1], float(shared[2].rstrip("%"))))
+                          memory / separate[1], shared[2]))
             print([round(x, 2) for x in found[-1]], file=sys.stderr, flush=True)
         m = list(map(statistics.median, zip(*found)))
         print(f"| {size}, {batch}, {reply} | {m[0]:.2f} | {m[1]:.2f} | {m[2]:.2f} | {m[3]:.2f} | {m[4]:.0f} | {m[5]:.0f} | {m[6]:.2f} "
               f"| {m[7]:.2f} | {m[8]:.0f}% |", flush=True)
+
+
+def alone(work: Path, repeats: int, updates: int) -> None:
+    print("| size, batch | replies of 64 tokens, s | of geometric length, mean 8, s | share |\n|---|---|---|---|")
+    for size, batch in (("tiny", 64), ("tiny", 256), ("small", 64)):
+        full, short = make_folder(work, size), make_folder(work, size, SIZES[size]["vocab_size"] // 8)
+        found = [(ours(full, batch, 64, updates)[0], ours(short, batch, 64, updates)[0]) for _ in range(repeats)]
+        a, b = map(statistics.median, zip(*found))
+        print(f"| {size}, {batch} | {a:.2f} | {b:.2f} | {statistics.median(y / x for x, y in found):.2f} |", flush=True)
+    print("\n| tiny, replies of 32, batch | micro-batch | ms a response token | peak memory, MB |\n|---|---|---|---|")
+    for batch, micro in ((16, 4), (64, 16), (256, 64), (1024, 256), (64, 8), (256, 8), (1024, 8)):
+        found = [ours(make_folder(work, "tiny"), batch, 32, updates, "--micro-batch-size", micro)[:2] for _ in range(repeats)]
+        seconds, memory = map(statistics.median, zip(*found))
+        print(f"| {batch} | {micro} | {1000 * seconds / batch / 32:.2f} | {memory:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
@@ -146,8 +168,12 @@ if __name__ == "__main__":
         import argparse
 
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--trl", required=True, help="Python of an environment with TRL")
+        parser.add_argument("--trl", help="Python of an environment with TRL")
         parser.add_argument("--repeats", type=int, default=3)
         parser.add_argument("--updates", type=int, default=4, help="of each process, the first is left out")
         args = parser.parse_args()
-        main(args.trl, args.repeats, args.updates)
+        with tempfile.TemporaryDirectory() as folder:
+            if args.trl:
+                against_trl(Path(folder), args.trl, args.repeats, args.updates)
+            else:
+                alone(Path(folder), args.repeats, args.updates)
