@@ -83,7 +83,7 @@ def masked_mean(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tenso
     optimizer step make its gradient the same however the step is cut into micro-batches.
     """
     x = torch.where(mask, x, 0.0)
-    return x.sum() / mask.sum().clamp(min=1) if weights is None else (x * weights).sum()
+    return x.sum() / mask.sum().clamp(min=1) if weights is None else (x * torch.where(mask, weights, 0.0)).sum()
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  # [B, T], [B, T] -> [B, T]
@@ -115,7 +115,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, a single one may be negative; k2 = d²/2, biased
     but never negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of the
-    true KL. As a loss, differentiated on policy, k2 does so, k1 has expected gradient 0 and k3 that of KL(ref ‖ policy).
+    true KL. As a loss, differentiated on policy, k2 has the gradient of the KL in each state that is met (what a token does
+    to later states is missing), k1 has expected gradient 0 and k3 the gradient of KL(ref ‖ policy).
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -170,7 +171,7 @@ def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
     cliprange_high: upper ε, if it differs from the lower (clip-higher, DAPO, arXiv 2503.14476).
-    dual_clip: c > 1 bounds the loss from below at cA where A < 0, however large ρ is (arXiv 1912.09729).
+    dual_clip: c > 1 bounds the objective from below at cA where A < 0, however large ρ is (arXiv 1912.09729).
     stats: means over valid tokens of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
     """
     log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)
@@ -241,10 +242,11 @@ class Rollout:
         """Cut the replies `index` into groups of at most `size`, of like length: little is computed for padding."""
         length = (self.query_mask.sum(1) + self.mask.sum(1))[index].tolist()
         free = 128 if torch.device(device).type == "cpu" else 8192  # padding that costs less than one more pass
-        groups, tokens = [], 0
+        groups = []
         for i in sorted(range(len(length)), key=length.__getitem__):  # row i would widen the rows of the last group to its own length
             if not groups or len(groups[-1]) == size or len(groups[-1]) * length[i] > 1.125 * tokens + free:
-                groups, tokens = groups + [[]], 0
+                groups.append([])
+                tokens = 0
             groups[-1].append(i)
             tokens += length[i]
         return [index[group] for group in groups]
@@ -519,7 +521,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
         if cfg.loss_aggregation == "token":  # every token of the step counts the same (DAPO, arXiv 2503.14476)
             rollout.weights[minibatch] = mask / mask.sum()
         else:  # every reply counts the same, its tokens share its part
-            rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
+            rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True).clamp(min=1) * len(mask))
         optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
         step = defaultdict(float)  # sums over the step's tokens
         for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch), actor.device):
@@ -528,8 +530,9 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
             loss.backward()
             for name, x in stats.items():  # a loss is a part of the step's weighted sum, the rest means over these tokens
                 step[name] += x * (mask.sum() if name.startswith("loss/") else len(batch.valid))
-        norm = nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm or math.inf)
-        if not math.isfinite(norm + sum(step.values())):
+        norm, *others = [nn.utils.clip_grad_norm_(group["params"], cfg.max_grad_norm or math.inf)
+                         for group in optimizer.param_groups]  # apart: the critic's errors must not shrink the policy's step
+        if not math.isfinite(norm + sum(others) + sum(step.values())):
             skipped += 1
             continue
         tokens += int(mask.sum())
@@ -1268,6 +1271,7 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
     try:
         with finish_on_signal() as asked, progress(cfg.num_updates, state.update) as bar:
             if not state.before:
+                bar.set_postfix_str("held-out prompts, before")
                 with timed(seconds, "held-out"):
                     state.before = evaluate_held_out(task, cfg)
                 record(run, board, {"update": 0} | eval_metrics(state.before[0]))
