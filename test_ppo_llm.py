@@ -591,14 +591,24 @@ def test_every_logprob_is_the_models_own(kind, temperature):
     assert not rollout.logprobs[~rollout.mask].any() and not rollout.ref_logprobs[~rollout.mask].any()
 
 
+def watched_logits(monkeypatch):
+    """A list that the number of tokens is put on whose logits are computed at once."""
+    sizes, logits = [], P.Actor.logits
+    monkeypatch.setattr(P.Actor, "logits", lambda self, states: (sizes.append(states.shape[:-1].numel()), logits(self, states))[1])
+    return sizes
+
+
 def test_logits_in_chunks_are_the_same_with_the_same_gradient(monkeypatch):
+    """All tokens at once, three at a time or one: log-probabilities, entropies (0 unless asked for), and the gradient of both."""
     actor, _, rollout = experience()
-    batch = rollout.rows(torch.arange(8))
-    results = []
-    for budget in (2**26, 7 * 3, 1):  # all at once, three tokens at a time, one at a time
+    batch, sizes, results = rollout.rows(torch.arange(8)), watched_logits(monkeypatch), []
+    assert not actor.logprobs(actor.states(batch), batch, 0.8)[1].any()
+    for budget, tokens in ((2**26, int(batch.mask.sum())), (7 * 3, 3), (1, 1)):
         monkeypatch.setattr(P, "LOGITS_AT_ONCE", budget)
+        sizes.clear()
         actor.zero_grad()
-        logprobs, entropy = actor.logprobs(actor.states(batch), batch, 0.8)
+        logprobs, entropy = actor.logprobs(actor.states(batch), batch, 0.8, entropy=True)
+        assert max(sizes) == tokens and entropy[batch.mask].min() > 0
         (logprobs.sum() + (entropy**2).sum()).backward()
         results.append((logprobs.detach(), entropy.detach(), torch.cat([p.grad.flatten() for p in actor.lm.parameters()])))
     for other in results[1:]:
@@ -621,6 +631,9 @@ def test_what_the_critic_says(critic, monkeypatch):
         said = values[:-1] if critic[1] == "value" else torch.stack([out[t, token] for t, token in enumerate(reply)])
         assert far(rollout.predictions[b, :n], said) < 1e-9
     assert rollout.values[rollout.mask].std() > 0.1
+    sizes = watched_logits(monkeypatch)
+    P.evaluate(actor, actor, rollout, 0.8, 8)
+    assert max(sizes) == 4
 
 
 def test_a_reward_models_head_becomes_the_value_head(tmp_path):
