@@ -361,7 +361,7 @@ class Actor(nn.Module):
         if not self.action_values:
             return self.value_head(x).squeeze(-1)
         chunks = zip(*(y.flatten(0, 1).split(self.tokens_at_once) for y in (x, states)))
-        return torch.cat([((self.logits(y) / temperature).softmax(-1) * self.value_head(z)).sum(-1)
+        return torch.cat([((self.logits(y) / temperature).softmax(1) * self.value_head(z)).sum(1)
                           for z, y in chunks]).view(states.shape[:2])
 
     def logprobs(self, states: Tensor, batch: Rollout, temperature: float, entropy: bool = False) -> tuple[Tensor, Tensor]:

@@ -677,20 +677,38 @@ def test_every_kind_of_model_is_itself_and_trains(kind, files, tmp_path):
     assert 1e-4 < moved < 1
 
 
-def test_models_that_cannot_work_are_refused():
-    """Anything unknown behind the head, a recurrent state that left padding moves, or an encoder: a refusal, not a wrong gradient."""
-    from transformers import AutoModelForCausalLM, BartConfig, BertConfig, MambaConfig
+def test_gpt2s_gelu_in_one_operation_is_the_same_function():
+    """Eight operations in transformers, one in torch: the activation and its gradient, float64, and none of the slow ones is left."""
+    from transformers.activations import NewGELUActivation
 
-    strange = tiny()
-    forward = strange.forward
-    strange.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), setattr(out, "logits", out.logits * 2))[0]
+    actor, x = tiny_actor(critic=("separate", "value")), torch.linspace(-6, 6, 101, dtype=REAL, requires_grad=True)
+    act = actor.lm.base_model.h[0].mlp.act
+    assert far(act(x).detach(), NewGELUActivation()(x).detach()) < 1e-12
+    assert far(gradient(act(x).sum(), x), gradient(NewGELUActivation()(x).sum(), x)) < 1e-12
+    assert not any(isinstance(module, NewGELUActivation) for module in actor.modules())
+
+
+def test_models_that_cannot_work_are_refused(monkeypatch):
+    """Anything unknown behind the head, a recurrent state that left padding moves, an encoder, or a cache that cannot drop replies: a
+    refusal, not a wrong gradient."""
+    from transformers import AutoModelForCausalLM, BartConfig, BertConfig, DynamicCache, MambaConfig
+
+    def strange(change):
+        model = tiny()
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), setattr(out, "logits", change(out.logits)))[0]
+        return model
+
     others = [AutoModelForCausalLM.from_config(config) for config in (
         MambaConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, state_size=4),
         BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16),
         BartConfig(vocab_size=7, d_model=16, encoder_layers=1, decoder_layers=1, decoder_attention_heads=2, encoder_attention_heads=2))]
-    for model in (strange, *others):
+    for model in (strange(lambda logits: 2 * logits), strange(lambda logits: logits - 3), *others):
         with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be trained here"):
             P.Actor(model)
+    monkeypatch.setattr(DynamicCache, "reorder_cache", lambda self, rows: 1 / 0)
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        tiny_actor()
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama", "OPT", "Mixtral"])
