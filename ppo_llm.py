@@ -421,10 +421,10 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
     uniform = torch.rand(B, response_length, dtype=wide, device=actor.device)  # a reply's own, whatever the others do
     for t in range(response_length):
         states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
-        distribution = F.log_softmax(actor.logits(states) / temperature, dim=-1)  # [b, V]
-        total = distribution.to(wide).exp().cumsum(-1)  # sampling by the inverse of the distribution function
+        distribution = F.log_softmax(actor.logits(states) / temperature, dim=1)  # [b, V]
+        total = distribution.to(wide).exp().cumsum(1)  # sampling by the inverse of the distribution function
         ids = torch.searchsorted(total, uniform[alive, t, None] * total[:, -1:], right=True)
-        ids = ids.clamp(max=total.shape[-1] - 1)  # [b, 1]
+        ids = ids.clamp(max=total.shape[1] - 1)  # [b, 1]
         responses[alive, t] = ids.squeeze(1)
         logprobs[alive, t] = distribution.gather(1, ids).squeeze(1).to(logprobs.dtype)
         stopped |= torch.isin(ids.squeeze(1), stop)

@@ -768,6 +768,37 @@ def test_sampling_follows_the_policy():
     assert ((share - p).abs() < 4 * (p * (1 - p) / 4096) ** 0.5).all()
 
 
+def test_a_token_is_the_inverse_of_the_distribution_function(monkeypatch):
+    """For a uniform u the token is the first whose cumulative probability exceeds u, in float64: the last one too, which has 1e-9, and that
+    also for a u that rounding made 1."""
+    actor, (ids, mask) = tiny_actor(), prompts_of([3])
+    p = torch.tensor([0.25, 0.0, 0.25, 0.125, 0.375 - 2e-9, 1e-9, 1e-9], dtype=REAL)
+    monkeypatch.setattr(P.Actor, "logits", lambda self, states: p.log().expand(len(states), -1))
+    for u, token in ((0.0, 0), (0.2, 0), (0.26, 2), (0.49, 2), (0.51, 3), (0.626, 4), (1 - 3e-9, 4), (1 - 1.5e-9, 5), (1 - 5e-10, 6), (1.0, 6)):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **kind: torch.full(shape, u, **kind))
+        rollout = P.generate(actor, ids, mask, 2, 1.0, [])
+        assert rollout.responses.tolist() == [[token, token]] and far(rollout.sampler_logprobs[0, 0], p[token].log()) < 1e-9
+
+
+def test_replies_that_have_stopped_leave_the_batch(monkeypatch):
+    """After every fourth token: all of them once fewer than three quarters are going on, and decoding ends when none is."""
+    actor, (ids, mask), sizes, trunk = tiny_actor(), prompts_of([2] * 40), [], P.Actor.trunk
+    monkeypatch.setattr(P.Actor, "trunk", lambda self, ids, *more: (sizes.append(len(ids)), trunk(self, ids, *more))[1])
+    for seed in range(4):
+        sizes.clear()
+        torch.manual_seed(seed)
+        rollout = P.generate(actor, ids, mask, 24, 1.0, [STOP, 4] if seed % 2 else [STOP])
+        going, expected = 40, []
+        for t in range(1, 25):
+            expected.append(going)
+            left = int((rollout.mask.sum(1) > t).sum() + (~rollout.ended & (rollout.mask.sum(1) == t)).sum())
+            if t % 4 == 0 and left == 0:
+                break
+            going = left if t % 4 == 0 and left < 0.75 * going else going
+        assert sizes == expected and min(sizes) < 20
+    assert len(sizes) < 24
+
+
 def test_a_reply_is_made_by_its_own_random_numbers():
     """The same seed gives the same replies whether the prompts are decoded together or in groups, and whichever rows stop first."""
     actor, (ids, mask) = tiny_actor(), prompts_of((3, 1, 2, 5, 4, 2, 3, 1) * 3)
