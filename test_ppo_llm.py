@@ -588,7 +588,7 @@ def test_every_logprob_is_the_models_own(kind, temperature):
         values = (hidden @ actor.value_head.weight[0] + actor.value_head.bias).detach()
         assert far(rollout.values[b, rollout.mask[b]], values[len(prompt) - 1:-1]) < EXACT[kind]  # V of the state before each token
         assert far(rollout.final_values[b], values[-1]) < EXACT[kind]
-    assert not rollout.logprobs[~rollout.mask].any() and not rollout.ref_logprobs[~rollout.mask].any()
+    assert not any(x[~rollout.mask].any() for x in (rollout.logprobs, rollout.ref_logprobs, rollout.sampler_logprobs))
 
 
 def watched_logits(monkeypatch):
@@ -769,12 +769,12 @@ def test_sampling_follows_the_policy():
 
 
 def test_a_token_is_the_inverse_of_the_distribution_function(monkeypatch):
-    """For a uniform u the token is the first whose cumulative probability exceeds u, in float64: the last one too, which has 1e-9, and that
-    also for a u that rounding made 1."""
+    """For a uniform u the token is the first whose cumulative probability exceeds u, in float64: never one of probability 0, at times the
+    last, which has 1e-9, and that one also for a u that rounding made 1."""
     actor, (ids, mask) = tiny_actor(), prompts_of([3])
-    p = torch.tensor([0.25, 0.0, 0.25, 0.125, 0.375 - 2e-9, 1e-9, 1e-9], dtype=REAL)
+    p = torch.tensor([0.0, 0.25, 0.25, 0.125, 0.375 - 2e-9, 1e-9, 1e-9], dtype=REAL)
     monkeypatch.setattr(P.Actor, "logits", lambda self, states: p.log().expand(len(states), -1))
-    for u, token in ((0.0, 0), (0.2, 0), (0.26, 2), (0.49, 2), (0.51, 3), (0.626, 4), (1 - 3e-9, 4), (1 - 1.5e-9, 5), (1 - 5e-10, 6), (1.0, 6)):
+    for u, token in ((0.0, 1), (0.2, 1), (0.26, 2), (0.49, 2), (0.51, 3), (0.626, 4), (1 - 3e-9, 4), (1 - 1.5e-9, 5), (1 - 5e-10, 6), (1.0, 6)):
         monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **kind: torch.full(shape, u, **kind))
         rollout = P.generate(actor, ids, mask, 2, 1.0, [])
         assert rollout.responses.tolist() == [[token, token]] and far(rollout.sampler_logprobs[0, 0], p[token].log()) < 1e-9
