@@ -514,7 +514,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
     A step whose loss or gradient is not finite is left out, with its metrics, and counted.
     """
     totals, tokens, norms, skipped = defaultdict(float), 0, [], 0
-    rollout.weights = torch.zeros_like(rollout.advantages)
+    rollout.weights = torch.empty_like(rollout.advantages)  # filled in for each minibatch
     epochs = [torch.randperm(len(rollout.mask)).chunk(cfg.num_mini_batches) for _ in range(cfg.num_ppo_epochs)]
     for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:
         mask = rollout.mask[minibatch].to(rollout.weights.dtype)

@@ -989,13 +989,16 @@ def test_with_learning_rate_0_nothing_moves(kind):
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_any_partition_into_micro_batches_is_the_same_update(aggregation, micro):
-    """Weights after two epochs of steps, and all metrics, equal those of whole minibatches."""
-    outcomes = []
-    for size in (None, micro):
-        cfg = settings_of(micro_batch_size=size, loss_aggregation=aggregation, ent_coef=0.1, kl_in="loss", max_grad_norm=None)
-        actor, _, rollout = experience(cfg=cfg)
-        metrics = ppo_steps(actor, rollout, cfg, lr=0.05)
-        outcomes.append((weights_of(actor), metrics))
+    """Weights after two epochs of steps, and all metrics, equal those of whole minibatches; and there are never more replies in memory."""
+    outcomes, sizes, ppo_loss = [], [], P.ppo_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(P, "ppo_loss", lambda actor, batch, *more: (sizes.append(len(batch.mask)), ppo_loss(actor, batch, *more))[1])
+        for size in (None, micro):
+            cfg = settings_of(micro_batch_size=size, loss_aggregation=aggregation, ent_coef=0.1, kl_in="loss", max_grad_norm=None)
+            actor, _, rollout = experience(cfg=cfg)
+            metrics = ppo_steps(actor, rollout, cfg, lr=0.05)
+            outcomes.append((weights_of(actor), metrics))
+    assert max(sizes[:4]) == 4 and len(sizes) > 8 and max(sizes[4:]) == micro
     assert far(outcomes[0][0], outcomes[1][0]) < 1e-10
     assert outcomes[0][1] == pytest.approx(outcomes[1][1], abs=1e-9)
 
@@ -1077,11 +1080,14 @@ def test_each_term_of_the_loss_has_its_coefficient():
     actor, _, rollout = experience()
     batch = rollout.rows(torch.arange(8))
     batch.weights = batch.mask.to(REAL) / batch.mask.sum()
+    whole, stats = P.ppo_loss(actor, batch, 0.3, settings_of())
+    assert whole.requires_grad and not any(x.requires_grad for x in stats.values())  # metrics would keep the graph alive
     with torch.no_grad():
         loss = lambda **changes: P.ppo_loss(actor, batch, 0.3, settings_of(**dict(vf_coef=0.0, ent_coef=0.0) | changes))
         plain, stats = loss()
         assert far(loss(vf_coef=0.5)[0] - plain, 0.5 * stats["loss/value"]) < 1e-12
-        assert far(loss(ent_coef=0.5)[0] - plain, -0.5 * batch.entropy[batch.mask].mean()) < 1e-10
+        for ent_coef in (0.5, 1):
+            assert far(loss(ent_coef=ent_coef)[0] - plain, -ent_coef * batch.entropy[batch.mask].mean()) < 1e-10
         kl = (batch.logprobs - batch.ref_logprobs)[batch.mask]
         assert far(loss(kl_in="loss")[0] - plain, 0.3 * kl.mean()) < 1e-10
         assert far(loss(kl_in="loss", kl_estimator="k2")[0] - plain, 0.3 * (kl**2 / 2).mean()) < 1e-10
@@ -1127,6 +1133,8 @@ def test_gradient_clipping():
         before = weights_of(actor)
         norm = ppo_steps(actor, rollout, cfg, lr=1.0)["policy/grad_norm"]
         assert norm > 0.1 and far((before - weights_of(actor)).norm(), limit or norm) < 1e-6
+        thrice = experience(cfg=cfg)
+        assert ppo_steps(thrice[0], thrice[2], dataclasses.replace(cfg, num_ppo_epochs=3))["policy/grad_norm"] == pytest.approx(norm)  # the mean
 
 
 def test_policy_and_critic_are_clipped_apart():
