@@ -1050,6 +1050,16 @@ def test_target_kl_stops_before_the_step_and_leaves_no_gradient_behind():
     assert ppo_steps(actor, rollout, dataclasses.replace(cfg, target_kl=1e6), lr=0.0)["policy/steps"] == 6
 
 
+def test_target_kl_is_in_nats_a_token():
+    """Of two whole passes the first has KL 0 and the second twice the mean: a target 1% above that lets both step, 1% below only one."""
+    cfg = settings_of(num_ppo_epochs=2, num_mini_batches=1)
+    actor, _, rollout = experience(cfg=cfg)
+    kl = 2 * ppo_steps(actor, rollout, cfg, lr=0.1)["policy/approxkl"]
+    for target, steps in ((1.01 * kl, 2), (0.99 * kl, 1)):
+        actor, _, rollout = experience(cfg=cfg)
+        assert ppo_steps(actor, rollout, dataclasses.replace(cfg, target_kl=target), lr=0.1)["policy/steps"] == steps
+
+
 @pytest.mark.parametrize("critic", CRITICS)
 def test_critic_warmup_trains_the_critic_alone(critic):
     """Its head, and its trunk if that is its own; its loss falls and the policy stays as it is."""
