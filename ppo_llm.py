@@ -243,7 +243,7 @@ class Rollout:
         length = (self.query_mask.sum(1) + self.mask.sum(1))[index].tolist()
         free = 128 if torch.device(device).type == "cpu" else 8192  # padding that costs less than one more pass
         groups = []
-        for i in sorted(range(len(length)), key=length.__getitem__):  # row i would widen the rows of the last group to its own length
+        for i in sorted(range(len(length)), key=length.__getitem__):  # in the last group, i would widen all rows to its length
             if not groups or len(groups[-1]) == size or len(groups[-1]) * length[i] > 1.125 * tokens + free:
                 groups.append([])
                 tokens = 0
@@ -280,8 +280,8 @@ class Actor(nn.Module):
         self.logit_scale = getattr(lm.config, "logit_scale", None) or 1 / (getattr(lm.config, "logits_scaling", None) or 1)
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)
         weight = lm.get_output_embeddings().weight  # [V, H]
-        for model in filter(None, (critic, lm)):  # where the head's gradient is that of the embedding too, a second dense
-            embedding = model.get_input_embeddings()  # [V, H] is not needed: rows are added to it
+        for model in filter(None, (critic, lm)):  # an embedding tied to the head adds rows to its gradient, not a second [V, H]
+            embedding = model.get_input_embeddings()
             embedding.sparse = embedding.weight is weight and weight.device.type in ("cpu", "cuda")
         score = getattr(critic, "score", None)
         width = (score or (critic or lm).get_output_embeddings()).weight.shape[1]
@@ -521,7 +521,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
         if cfg.loss_aggregation == "token":  # every token of the step counts the same (DAPO, arXiv 2503.14476)
             rollout.weights[minibatch] = mask / mask.sum()
         else:  # every reply counts the same, its tokens share its part
-            rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True).clamp(min=1) * len(mask))
+            rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
         optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
         step = defaultdict(float)  # sums over the step's tokens
         for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch), actor.device):
@@ -532,7 +532,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
                 step[name] += x * (mask.sum() if name.startswith("loss/") else len(batch.valid))
         norm, *others = [nn.utils.clip_grad_norm_(group["params"], cfg.max_grad_norm or math.inf)
                          for group in optimizer.param_groups]  # apart: the critic's errors must not shrink the policy's step
-        if not math.isfinite(norm + sum(others) + sum(step.values())):
+        if not math.isfinite(sum([norm, *others, *step.values()])):
             skipped += 1
             continue
         tokens += int(mask.sum())
