@@ -1515,7 +1515,7 @@ def performance(actor: Actor, history: list[dict], cfg: Config) -> str:
     if cfg.profile:
         reached = matmul_flops_per_second(actor, cfg.rows_at_once * cfg.response_length)
         text += f" ({done / reached:.0%} of the {reached / 1e12:.3g} that a matrix product reaches)"
-    return f"{text}, peak memory {peak_memory(actor.device) / 1e9:.2f} GB"
+    return f"{text}, memory {peak_memory(actor.device) / 1e9:.2f} GB"
 
 
 def progress(total: int, done: int = 0):

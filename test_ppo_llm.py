@@ -1836,7 +1836,7 @@ def test_speeds_are_those_of_the_times(files, tmp_path, capsys):
         assert row["perf/update_tokens_per_second"] * times[3] == pytest.approx(row["policy/steps"] / 4 * (tokens + 8 * 2))
     words = " ".join(capsys.readouterr().out.split())
     found = re.search(r"Rollout (\S+) tokens/s, update (\S+) tokens/s at (\S+) TFLOP/s "
-                      r"\((\d+)% of the (\S+) that a matrix product reaches\), peak memory (\S+) GB", words)
+                      r"\((\d+)% of the (\S+) that a matrix product reaches\), memory (\S+) GB", words)
     rollout, update, done, share, reached, memory = map(float, found.groups())
     assert rollout > 0 and update > 0 and abs(share - 100 * done / reached) < 2 and reached > 1e-4 and 0.1 < memory < 24
 
