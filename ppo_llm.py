@@ -277,7 +277,8 @@ class Actor(nn.Module):
                 if isinstance(child, NewGELUActivation):  # GPT-2's, written out in eight operations: torch has it in one
                     setattr(module, name, nn.GELU(approximate="tanh"))
         self.critic_trunk = None if critic is None else critic.base_model.eval()
-        self.logit_scale = getattr(lm.config, "logit_scale", None) or 1 / (getattr(lm.config, "logits_scaling", None) or 1)
+        divisor = getattr(lm.config, "logits_scaling", None)
+        self.logit_scale = 1 / divisor if divisor else getattr(lm.config, "logit_scale", None)
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)
         weight = lm.get_output_embeddings().weight  # [V, H]
         for model in filter(None, (critic, lm)):  # an embedding tied to the head adds rows to its gradient, not a second [V, H]
@@ -335,7 +336,7 @@ class Actor(nn.Module):
         with self.autocast():
             logits = self.lm.get_output_embeddings()(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.logit_scale != 1:
+        if self.logit_scale is not None:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
@@ -435,10 +436,10 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
             if len(going) < 0.75 * len(alive):
                 alive, attention, ids, stopped = alive[going], attention[going], ids[going], stopped[going]
                 cache.reorder_cache(going)
-    responses = responses.cpu()
-    mask = response_mask(responses, stop_ids)
-    ended = (torch.isin(responses, stop.cpu()) & mask).any(1)
-    return Rollout(queries, query_mask, responses.masked_fill(~mask, 0), mask, ended, logprobs.cpu().where(mask, 0.0))
+    written = responses.cpu()
+    mask = response_mask(written, stop_ids)
+    ended = (torch.isin(written, stop.cpu()) & mask).any(1)
+    return Rollout(queries, query_mask, written.masked_fill(~mask, 0), mask, ended, logprobs.cpu().where(mask, 0.0))
 
 
 @torch.inference_mode()

@@ -603,13 +603,15 @@ def test_logits_in_chunks_are_the_same_with_the_same_gradient(monkeypatch):
     actor, _, rollout = experience()
     batch, sizes, results = rollout.rows(torch.arange(8)), watched_logits(monkeypatch), []
     assert not actor.logprobs(actor.states(batch), batch, 0.8)[1].any()
-    for budget, tokens in ((2**26, int(batch.mask.sum())), (7 * 3, 3), (1, 1)):
+    n = int(batch.mask.sum())
+    for budget, tokens in ((2**26, n), (7 * n, n), (7 * 3, 3), (1, 1)):
         monkeypatch.setattr(P, "LOGITS_AT_ONCE", budget)
         sizes.clear()
         actor.zero_grad()
         logprobs, entropy = actor.logprobs(actor.states(batch), batch, 0.8, entropy=True)
         assert max(sizes) == tokens and entropy[batch.mask].min() > 0
         (logprobs.sum() + (entropy**2).sum()).backward()
+        assert sum(sizes) == (n if tokens == n else 2 * n)  # one chunk is not recomputed in the backward pass
         results.append((logprobs.detach(), entropy.detach(), torch.cat([p.grad.flatten() for p in actor.lm.parameters()])))
     for other in results[1:]:
         assert max(map(far, results[0], other)) < 1e-9
@@ -1360,10 +1362,10 @@ MUSEUM = {  # what takes the place of what, and the properties that must fail
     "whiten_rewards never read (torchtune)": (("credit", "if cfg.whiten_rewards:", "if False:"), test_credit_is_its_parts_in_order),
     "mini-batches that add no step (trl#5645)": (("ppo_update", ".chunk(cfg.num_mini_batches)", ".chunk(1)"), (test_with_learning_rate_0_nothing_moves, "gpt2")),
     "a penalty for a reply whose EOS is exactly the last token (torchtune)": (
-        ("generate", "ended = (torch.isin(responses, stop.cpu()) & mask).any(1)", "ended = mask.sum(1) < response_length"),
+        ("generate", "ended = (torch.isin(written, stop.cpu()) & mask).any(1)", "ended = mask.sum(1) < response_length"),
         test_replies_stop_where_the_first_stop_token_is),
     "a stop token of one's own that does not count as an end (trl#3750)": (
-        ("generate", "torch.isin(responses, stop.cpu())", "torch.isin(responses, stop[:1].cpu())"), test_replies_stop_where_the_first_stop_token_is),
+        ("generate", "torch.isin(written, stop.cpu())", "torch.isin(written, stop[:1].cpu())"), test_replies_stop_where_the_first_stop_token_is),
     "returns from whitened advantages": (
         ("credit", "rollout.advantages = masked_whiten(rollout.advantages, mask)",
          "rollout.advantages = masked_whiten(rollout.advantages, mask); rollout.returns = rollout.advantages + rollout.values"),
@@ -1398,11 +1400,11 @@ def test_errors_neither_cancel_nor_hide():
 
 # Faults that `mutants.py` can plant and no test can see, since nothing follows from them, by its names:
 #   [op] in a signature, `Tensor | None`: annotations are never evaluated here (`from __future__ import annotations`).
-#   policy_loss, value_loss [const], `torch.where(mask, ..., 0.0)`: any finite number does in cells that masked_mean leaves out.
+#   masked_mean, policy_loss, value_loss [const], `torch.where(mask, ..., 0.0)`: any finite number does in cells that are left out of the sum,
+#   or multiplied by 0.
 #   Actor.check [ops0], `< 0.02 * own.std()`: another answer at equality only. ppo_update [ops0], the target of the KL: likewise.
-#   Actor.logits [const], `logit_scale != 1`: one more multiplication by 1.
-#   Actor.logprobs [ops0], `len(packed) <= ...`: a single chunk is recomputed too. [const] `use_reentrant`: by the older way. Same numbers.
-#   generate [op], `uniform * total`: the total is 1 but for rounding. [delete] `responses.cpu()`: the tests are on the CPU.
+#   Actor.logprobs [const], `use_reentrant`: chunks are recomputed by the older way, to the same numbers.
+#   generate [op], `uniform * total`: the total is 1 but for rounding.
 
 
 # ----------------------------------------------------------------------------------------------- 6. prompts and rewards
