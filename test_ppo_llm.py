@@ -692,6 +692,18 @@ def test_gpt2s_gelu_in_one_operation_is_the_same_function():
     assert not any(isinstance(module, NewGELUActivation) for module in actor.modules())
 
 
+def test_bfloat16_is_for_matrix_products_only():
+    """Under autocast logits differ by rounding from the model's own and come as float32, over float32 weights. Without, they are its own.
+    A critic is a single number V unless asked for Q."""
+    lm, ids, everything = tiny().float(), prompts_of([6, 6])[0], torch.ones(2, 6, dtype=torch.bool)
+    exact, rounded = P.Actor(lm), P.Actor(tiny().float(), torch.bfloat16)
+    with torch.no_grad():
+        own, plain, cast = lm(ids).logits, *(actor.logits(actor.trunk(ids, everything)) for actor in (exact, rounded))
+    assert far(own, plain) < 1e-5 and 1e-3 < far(own, cast) < 0.1 * own.std()
+    assert cast.dtype == torch.float32 and all(p.dtype == torch.float32 for p in rounded.parameters())
+    assert exact.value_head.out_features == 1
+
+
 def test_models_that_cannot_work_are_refused(monkeypatch):
     """Anything unknown behind the head, a recurrent state that left padding moves, an encoder, or a cache that cannot drop replies: a
     refusal, not a wrong gradient."""
