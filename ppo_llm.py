@@ -1482,7 +1482,7 @@ def matmul_flops_per_second(actor: Actor, tokens: int) -> float:
     width = actor.value_head.in_features
     a, b = (torch.randn(shape, dtype=actor.dtype, device=actor.device) for shape in ((tokens, width), (width, 4 * width)))
     wait = torch.accelerator.synchronize if actor.device.type != "cpu" else lambda: None
-    flops, repeats, rates = 2 * a.numel() * b.shape[1], 1, []
+    one, repeats, rates = 2 * a.numel() * b.shape[1], 1, []
     while len(rates) < 9:
         wait()
         start = time.perf_counter()
@@ -1493,7 +1493,7 @@ def matmul_flops_per_second(actor: Actor, tokens: int) -> float:
         if spent < 0.05:
             repeats *= 2
         else:
-            rates.append(repeats * flops / spent)
+            rates.append(repeats * one / spent)
     return statistics.median(rates)
 
 
