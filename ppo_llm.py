@@ -180,7 +180,7 @@ def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask
     clipped = ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high)) * advantages
     surrogate = torch.minimum(unclipped, clipped)
     if dual_clip is not None:
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+        surrogate = torch.maximum(surrogate, dual_clip * advantages.clamp(max=0))  # where A > 0 it stays as it is, above 0
     with torch.no_grad():
         stats = {"policy/approxkl": masked_mean(kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3"), mask),
                  "policy/clipfrac": masked_mean((clipped < unclipped).to(ratio.dtype), mask),
