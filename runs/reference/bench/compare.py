@@ -24,7 +24,7 @@ SIZES = {"tiny": dict(n_layer=4, n_embd=128, n_head=4, vocab_size=128), "small":
 WORK = [("tiny", 64, 32), ("tiny", 64, 64), ("tiny", 256, 32), ("tiny", 256, 64), ("small", 64, 32), ("gpt2", 16, 32)]
 REWARD = """
 def even(prompts, completions, **columns):
-    return [sum(int(word[1:]) % 2 == 0 for word in text.split()) / len(text.split()) for text in completions]
+    return [sum(int(word[1:]) % 2 == 0 for word in text.split()) / max(1, len(text.split())) for text in completions]
 """
 
 
