@@ -242,9 +242,9 @@ class Rollout:
         """Cut the replies `index` into groups of at most `size`, of like length: little is computed for padding."""
         length = (self.query_mask.sum(1) + self.mask.sum(1))[index].tolist()
         free = 128 if torch.device(device).type == "cpu" else 8192  # padding that costs less than one more pass
-        groups = []
+        groups, tokens = [[]], 0
         for i in sorted(range(len(length)), key=length.__getitem__):  # in the last group, i would widen all rows to its length
-            if not groups or len(groups[-1]) == size or len(groups[-1]) * length[i] > 1.125 * tokens + free:
+            if len(groups[-1]) == size or len(groups[-1]) * length[i] > 1.125 * tokens + free:
                 groups.append([])
                 tokens = 0
             groups[-1].append(i)
@@ -521,7 +521,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
         mask = rollout.mask[minibatch].to(rollout.weights.dtype)
         if cfg.loss_aggregation == "token":  # every token of the step counts the same (DAPO, arXiv 2503.14476)
             rollout.weights[minibatch] = mask / mask.sum()
-        else:  # every reply counts the same, its tokens share its part
+        else:  # every reply counts the same, its tokens share its part (the NaN of an empty one is masked)
             rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
         optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
         step = defaultdict(float)  # sums over the step's tokens
