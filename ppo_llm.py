@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -276,6 +277,9 @@ class Actor(nn.Module):
             for name, child in module.named_children():
                 if isinstance(child, NewGELUActivation):  # GPT-2's, written out in eight operations: torch has it in one
                     setattr(module, name, nn.GELU(approximate="tanh"))
+        if lm.device.type == "cpu" and (dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"):
+            for model in filter(None, (lm, critic)):  # the fused kernel calls oneDNN for tiny tiles: several times as slow
+                model.set_attn_implementation("eager")
         self.critic_trunk = None if critic is None else critic.base_model.eval()
         divisor = getattr(lm.config, "logits_scaling", None)
         self.logit_scale = 1 / divisor if divisor else getattr(lm.config, "logit_scale", None)
@@ -773,7 +777,7 @@ ADVERBS = "rather very".split()
 LINKS = "and but".split()
 CLAUSE = f"the ({'|'.join(NOUNS)}) ({'|'.join(VERBS)})( ({'|'.join(ADVERBS)}))? ({'|'.join(GOOD + BAD)})"
 REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
-DEMO = dict(num_updates=20, response_length=24, missing_eos_penalty=3.0, kl_coef=0.25, learning_rate=1e-3,
+DEMO = dict(num_updates=20, response_length=24, missing_eos_penalty=3.0, kl_coef=0.3, learning_rate=1e-3, target_kl=0.02,
             lr_scheduler_type="linear", warmup_updates=3, reward_weights=(1.0, 0.0))
 
 
@@ -867,6 +871,7 @@ class Config:
     seed: int = 1  # of everything: same seed, same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay float32; auto: bfloat16 on CUDA
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32: high is TF32 on CUDA, medium may be oneDNN
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one more forward pass
     profile: bool = False  # at the end, compare the update with the matrix products that this machine reaches
 
@@ -1070,6 +1075,17 @@ def reseed(*parts: int) -> None:
     set_seed(random.Random(" ".join(map(str, parts))).getrandbits(32))
 
 
+def keep_freed_memory() -> None:
+    """Stop glibc from giving freed tensors back to the system, or the next ones cost their page faults again.
+
+    They were a third of GPT-2's PPO epochs in bfloat16. It holds for the whole process; without glibc nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps up to 2 GB that are free
+
+
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """Where to compute, and the type of matrix products."""
     try:
@@ -1079,8 +1095,9 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {cfg.device}: expected a device that torch has here, such as cpu") from None
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    if dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    if device.type == "cpu":
+        keep_freed_memory()
     return device, getattr(torch, dtype)
 
 
