@@ -278,7 +278,7 @@ class Actor(nn.Module):
                 if isinstance(child, NewGELUActivation):  # GPT-2's, written out in eight operations: torch has it in one
                     setattr(module, name, nn.GELU(approximate="tanh"))
         if lm.device.type == "cpu" and (dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"):
-            for model in filter(None, (lm, critic)):  # the fused kernel calls oneDNN for tiny tiles: several times as slow
+            for model in filter(None, (lm, critic)):  # the fused kernel would call oneDNN for each tile: several times as slow
                 model.set_attn_implementation("eager")
         self.critic_trunk = None if critic is None else critic.base_model.eval()
         divisor = getattr(lm.config, "logits_scaling", None)
@@ -777,7 +777,7 @@ ADVERBS = "rather very".split()
 LINKS = "and but".split()
 CLAUSE = f"the ({'|'.join(NOUNS)}) ({'|'.join(VERBS)})( ({'|'.join(ADVERBS)}))? ({'|'.join(GOOD + BAD)})"
 REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
-DEMO = dict(num_updates=20, response_length=24, missing_eos_penalty=3.0, kl_coef=0.3, learning_rate=1e-3, target_kl=0.02,
+DEMO = dict(num_updates=20, response_length=24, missing_eos_penalty=3.0, kl_coef=0.3, learning_rate=1e-3, target_kl=0.05,
             lr_scheduler_type="linear", warmup_updates=3, reward_weights=(1.0, 0.0))
 
 
@@ -871,7 +871,7 @@ class Config:
     seed: int = 1  # of everything: same seed, same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay float32; auto: bfloat16 on CUDA
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32: high is TF32 on CUDA, medium may be oneDNN
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # in float32: high is TF32 on CUDA, medium also oneDNN on CPUs
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one more forward pass
     profile: bool = False  # at the end, compare the update with the matrix products that this machine reaches
 
@@ -1087,7 +1087,7 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
-    """Where to compute, and the type of matrix products."""
+    """Where to compute, and the type of matrix products. Sets how the process multiplies in float32 and keeps memory."""
     try:
         best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         device = best if cfg.device == "auto" else torch.device(cfg.device)

@@ -704,6 +704,28 @@ def test_bfloat16_is_for_matrix_products_only():
     assert exact.value_head.out_features == 1
 
 
+def test_where_products_go_to_onednn_attention_is_plain():
+    """--matmul-precision reaches torch, for one run only. In bfloat16 or under medium the policy and a separate critic leave the fused
+    attention, on the CPU; otherwise they keep it."""
+    for precision, dtype, attention in (("medium", "float32", "eager"), ("highest", "bfloat16", "eager"), ("high", "float32", "sdpa"),
+                                        ("highest", "float32", "sdpa")):
+        _, kind = P.pick_device(Config(device="cpu", dtype=dtype, matmul_precision=precision))
+        assert torch.get_float32_matmul_precision() == precision and kind == getattr(torch, dtype)
+        actor = P.Actor(tiny().float(), kind, tiny().float())
+        assert actor.lm.config._attn_implementation == actor.critic_trunk.config._attn_implementation == attention
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and is about glibc")
+def test_freed_tensors_stay_with_the_process():
+    """Else every update pays for the page faults of its large tensors again."""
+    P.pick_device(Config(device="cpu"))
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    x = torch.ones(25_000_000)  # 100 MB
+    held = resident()
+    del x
+    assert resident() > held - 50e6
+
+
 def test_models_that_cannot_work_are_refused(monkeypatch):
     """Anything unknown behind the head, a recurrent state that left padding moves, an encoder, or a cache that cannot drop replies: a
     refusal, not a wrong gradient."""

@@ -6,8 +6,8 @@
     python runs/reference/bench/compare.py          # ours alone: short replies, batch sizes, micro-batches
 
 The work: a GPT-2 of random weights, prompts of 16 tokens, replies of full length (there is no EOS), the share of even
-tokens as the score, 4 epochs of 4 minibatches, float32. The first update of a process is left out; the rest give a
-median. Every repeat runs TRL, then ours, then ours with --critic separate; the ratios are medians over repeats.
+tokens as the score, 4 epochs of 4 minibatches; TRL in float32. The first update of a process is left out; the rest give
+a median. Every repeat runs TRL, then ours with each of FLAGS; the ratios are medians over repeats.
 """
 import json
 import os
@@ -22,6 +22,7 @@ from pathlib import Path
 SIZES = {"tiny": dict(n_layer=4, n_embd=128, n_head=4, vocab_size=128), "small": dict(n_layer=6, n_embd=384, n_head=6, vocab_size=5000),
          "gpt2": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257)}
 WORK = [("tiny", 64, 32), ("tiny", 64, 64), ("tiny", 256, 32), ("tiny", 256, 64), ("small", 64, 32), ("gpt2", 16, 32)]
+FLAGS = [(), ("--critic", "separate"), ("--matmul-precision", "medium"), ("--dtype", "bfloat16")]
 REWARD = """
 def even(prompts, completions, **columns):
     return [sum(int(word[1:]) % 2 == 0 for word in text.split()) / max(1, len(text.split())) for text in completions]
@@ -131,20 +132,20 @@ def ours(model: Path, batch: int, reply: int, updates: int, *flags) -> tuple[flo
 
 
 def against_trl(work: Path, python: str, repeats: int, updates: int) -> None:
-    print("| size, batch, reply | TRL, s | ours, s | TRL ÷ ours | ÷ `--critic separate` | TRL, MB | ours, MB | TRL ÷ ours | ÷ separate | of peak |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| size, batch, reply | TRL, s | ours, s | TRL ÷ ours | " + " | ".join(f"÷ `{' '.join(flags)}`" for flags in FLAGS[1:])
+          + " | TRL, MB | ours, MB | TRL ÷ ours | ÷ separate | of peak | medium | bfloat16 |\n" + "|---" * 14 + "|")
     for size, batch, reply in WORK:
         found, model = [], make_folder(work, size)
         for _ in range(repeats):
             text, memory = run([python, __file__, "trl", size, batch, reply, updates])
             theirs = statistics.median(json.loads(text.splitlines()[-1])[1:])
-            shared, separate = (ours(model, batch, reply, updates, "--critic", kind) for kind in ("shared", "separate"))
-            found.append((theirs, shared[0], theirs / shared[0], theirs / separate[0], memory, shared[1], memory / shared[1],
-                          memory / separate[1], shared[2]))
+            seconds, megabytes, share = zip(*(ours(model, batch, reply, updates, *flags) for flags in FLAGS))
+            found.append((theirs, seconds[0], *(theirs / x for x in seconds), memory, megabytes[0], memory / megabytes[0],
+                          memory / megabytes[1], share[0], *share[2:]))
             print([round(x, 2) for x in found[-1]], file=sys.stderr, flush=True)
-        m = list(map(statistics.median, zip(*found)))
-        print(f"| {size}, {batch}, {reply} | {m[0]:.2f} | {m[1]:.2f} | {m[2]:.2f} | {m[3]:.2f} | {m[4]:.0f} | {m[5]:.0f} | {m[6]:.2f} "
-              f"| {m[7]:.2f} | {m[8]:.0f}% |", flush=True)
+        *m, a, b, c = map(statistics.median, zip(*found))
+        print(f"| {size}, {batch}, {reply} | " + " | ".join(f"{x:.0f}" if x > 100 else f"{x:.2f}" for x in m)
+              + f" | {a:.0f}% | {b:.0f}% | {c:.0f}% |", flush=True)
 
 
 def alone(work: Path, repeats: int, updates: int) -> None:
