@@ -132,8 +132,10 @@ def ours(model: Path, batch: int, reply: int, updates: int, *flags) -> tuple[flo
 
 
 def against_trl(work: Path, python: str, repeats: int, updates: int) -> None:
-    print("| size, batch, reply | TRL, s | ours, s | TRL ÷ ours | " + " | ".join(f"÷ `{' '.join(flags)}`" for flags in FLAGS[1:])
-          + " | TRL, MB | ours, MB | TRL ÷ ours | ÷ separate | of peak | medium | bfloat16 |\n" + "|---" * 14 + "|")
+    """A table of seconds, row by row, then one of memory, and of the share of a matrix product's speed."""
+    modes = [f"`{' '.join(flags)}`" for flags in FLAGS[1:]]
+    print("| size, batch, reply | TRL, s | ours, s | TRL ÷ ours | " + " | ".join(f"÷ {mode}" for mode in modes) + " |\n" + "|---" * 7 + "|")
+    second = [f"| size, batch, reply | TRL, MB | ours, MB | TRL ÷ ours | ÷ {modes[0]} | of peak | {modes[1]} | {modes[2]} |", "|---" * 8 + "|"]
     for size, batch, reply in WORK:
         found, model = [], make_folder(work, size)
         for _ in range(repeats):
@@ -141,11 +143,13 @@ def against_trl(work: Path, python: str, repeats: int, updates: int) -> None:
             theirs = statistics.median(json.loads(text.splitlines()[-1])[1:])
             seconds, megabytes, share = zip(*(ours(model, batch, reply, updates, *flags) for flags in FLAGS))
             found.append((theirs, seconds[0], *(theirs / x for x in seconds), memory, megabytes[0], memory / megabytes[0],
-                          memory / megabytes[1], share[0], *share[2:]))
+                          memory / megabytes[1], *(x / 100 for x in (share[0], *share[2:]))))
             print([round(x, 2) for x in found[-1]], file=sys.stderr, flush=True)
-        *m, a, b, c = map(statistics.median, zip(*found))
-        print(f"| {size}, {batch}, {reply} | " + " | ".join(f"{x:.0f}" if x > 100 else f"{x:.2f}" for x in m)
-              + f" | {a:.0f}% | {b:.0f}% | {c:.0f}% |", flush=True)
+        m = list(map(statistics.median, zip(*found)))
+        print(f"| {size}, {batch}, {reply} | " + " | ".join(f"{x:.2f}" for x in m[:6]) + " |", flush=True)
+        second.append(f"| {size}, {batch}, {reply} | " + " | ".join(f"{x:{form}}" for x, form in zip(
+            m[6:], (".0f", ".0f", ".2f", ".2f", ".0%", ".0%", ".0%"))) + " |")
+    print("", *second, sep="\n")
 
 
 def alone(work: Path, repeats: int, updates: int) -> None:
