@@ -871,7 +871,7 @@ class Config:
     seed: int = 1  # of everything: same seed, same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay float32; auto: bfloat16 on CUDA
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # in float32: high is TF32 on CUDA, medium also oneDNN on CPUs
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32: high is TF32 (CUDA), medium oneDNN (CPU)
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one more forward pass
     profile: bool = False  # at the end, compare the update with the matrix products that this machine reaches
 
