@@ -15,12 +15,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo_llm as P
 from ppo_llm import Config, Rollout
@@ -713,6 +715,24 @@ def test_where_products_go_to_onednn_attention_is_plain():
         assert torch.get_float32_matmul_precision() == precision and kind == getattr(torch, dtype)
         actor = P.Actor(tiny().float(), kind, tiny().float())
         assert actor.lm.config._attn_implementation == actor.critic_trunk.config._attn_implementation == attention
+
+
+def test_a_rollout_rounds_each_weight_once():
+    """In bfloat16, decoding one token after the other from float32 weights would spend most of its time on rounding them."""
+    lm, casts = tiny().float(), Counter()
+    weights = {p.data_ptr(): name for name, p in lm.named_parameters()}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype):
+                casts[weights.get(args[0].data_ptr())] += 1
+            return func(*args, **(kwargs or {}))
+
+    actor = P.Actor(lm, torch.bfloat16)
+    with Casts():
+        P.generate(actor, *prompts_of([3, 5]), 8, 1.0, [])
+    del casts[None]
+    assert len(casts) > 4 and set(casts.values()) == {1}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and is about glibc")
