@@ -424,7 +424,7 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
     ids, cache = queries.to(actor.device), DynamicCache(config=actor.lm.config)
     wide = torch.float32 if actor.device.type == "mps" else torch.float64  # MPS has no float64
     uniform = torch.rand(B, response_length, dtype=wide, device=actor.device)  # a reply's own, whatever the others do
-    with actor.autocast():  # one for all steps rounds each weight once, but keeps nothing in inference_mode
+    with actor.autocast():  # one for all steps: it rounds each weight once (under inference_mode it would at every step)
         for t in range(response_length):
             states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
             distribution = F.log_softmax(actor.logits(states) / temperature, dim=1)  # [b, V]
