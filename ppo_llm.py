@@ -404,7 +404,7 @@ LOGITS_AT_ONCE = 2**26  # vocabulary logits alive at a time: 256 MB in float32
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.no_grad()  # inference_mode would keep autocast from caching the weights: each step would round them again
 def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length: int, temperature: float,
              stop_ids: list[int]) -> Rollout:  # [B, P], [B, P] -> the first six fields
     """Sample a reply to each prompt, token by token with the KV cache, from the whole distribution at `temperature`.
@@ -424,23 +424,22 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
     ids, cache = queries.to(actor.device), DynamicCache(config=actor.lm.config)
     wide = torch.float32 if actor.device.type == "mps" else torch.float64  # MPS has no float64
     uniform = torch.rand(B, response_length, dtype=wide, device=actor.device)  # a reply's own, whatever the others do
-    with actor.autocast():  # one for all steps: it rounds each weight once (under inference_mode it would at every step)
-        for t in range(response_length):
-            states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
-            distribution = F.log_softmax(actor.logits(states) / temperature, dim=1)  # [b, V]
-            total = distribution.to(wide).exp().cumsum(1)  # sampling by the inverse of the distribution function
-            ids = torch.searchsorted(total, uniform[alive, t, None] * total[:, -1:], right=True)
-            ids = ids.clamp(max=total.shape[1] - 1)  # [b, 1]
-            responses[alive, t] = ids.squeeze(1)
-            logprobs[alive, t] = distribution.gather(1, ids).squeeze(1).to(logprobs.dtype)
-            stopped |= torch.isin(ids.squeeze(1), stop)
-            if t % 4 == 3:
-                going = (~stopped).nonzero().squeeze(1)
-                if len(going) == 0:
-                    break
-                if len(going) < 0.75 * len(alive):
-                    alive, attention, ids, stopped = alive[going], attention[going], ids[going], stopped[going]
-                    cache.reorder_cache(going)
+    for t in range(response_length):
+        states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
+        distribution = F.log_softmax(actor.logits(states) / temperature, dim=1)  # [b, V]
+        total = distribution.to(wide).exp().cumsum(1)  # sampling by the inverse of the distribution function
+        ids = torch.searchsorted(total, uniform[alive, t, None] * total[:, -1:], right=True)
+        ids = ids.clamp(max=total.shape[1] - 1)  # [b, 1]
+        responses[alive, t] = ids.squeeze(1)
+        logprobs[alive, t] = distribution.gather(1, ids).squeeze(1).to(logprobs.dtype)
+        stopped |= torch.isin(ids.squeeze(1), stop)
+        if t % 4 == 3:
+            going = (~stopped).nonzero().squeeze(1)
+            if len(going) == 0:
+                break
+            if len(going) < 0.75 * len(alive):
+                alive, attention, ids, stopped = alive[going], attention[going], ids[going], stopped[going]
+                cache.reorder_cache(going)
     written = responses.cpu()
     mask = response_mask(written, stop_ids)
     ended = (torch.isin(written, stop.cpu()) & mask).any(1)

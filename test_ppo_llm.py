@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -717,7 +718,7 @@ def test_where_products_go_to_onednn_attention_is_plain():
         assert actor.lm.config._attn_implementation == actor.critic_trunk.config._attn_implementation == attention
 
 
-def test_a_rollout_rounds_each_weight_once():
+def test_a_rollout_rounds_each_weight_once(monkeypatch):
     """In bfloat16, decoding one token after the other from float32 weights would spend most of its time on rounding them."""
     lm, casts = tiny().float(), Counter()
     weights = {p.data_ptr(): name for name, p in lm.named_parameters()}
@@ -729,8 +730,10 @@ def test_a_rollout_rounds_each_weight_once():
             return func(*args, **(kwargs or {}))
 
     actor = P.Actor(lm, torch.bfloat16)
-    with Casts():
-        P.generate(actor, *prompts_of([3, 5]), 8, 1.0, [])
+    task = P.Task(actor, None, SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids)), [], [], {}, (), [])
+    monkeypatch.setattr(P, "evaluate", lambda *_: None)
+    with Casts():  # two groups of prompts
+        P.collect(task, [P.Prompt({"prompt": ""}, [3, 4])] * 16, Config(micro_batch_size=1, response_length=8), Counter())
     del casts[None]
     assert len(casts) > 4 and set(casts.values()) == {1}
 
