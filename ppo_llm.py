@@ -33,6 +33,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
@@ -281,9 +282,10 @@ class Actor(nn.Module):
             for model in filter(None, (lm, critic)):  # the fused kernel would call oneDNN for each tile: several times as slow
                 model.set_attn_implementation("eager")
         self.critic_trunk = None if critic is None else critic.base_model.eval()
-        divisor = getattr(lm.config, "logits_scaling", None)
-        self.logit_scale = 1 / divisor if divisor else getattr(lm.config, "logit_scale", None)
-        self.softcap = getattr(lm.config, "final_logit_softcapping", None)
+        config = lm.config.get_text_config()
+        divisor = getattr(config, "logits_scaling", None)
+        self.logit_scale = 1 / divisor if divisor else getattr(config, "logit_scale", None)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
         weight = lm.get_output_embeddings().weight  # [V, H]
         for model in filter(None, (critic, lm)):  # an embedding tied to the head adds rows to its gradient, not a second [V, H]
             embedding = model.get_input_embeddings()
@@ -389,7 +391,7 @@ class Actor(nn.Module):
         else:
             both = torch.cat([checkpoint(head, *chunk, use_reentrant=False)
                               for chunk in zip(packed.split(self.tokens_at_once), tokens.split(self.tokens_at_once))], 1)
-        return tuple(x.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in both)
+        return tuple(x.new_zeros(batch.mask.numel()).index_copy(0, batch.valid, x).view(batch.mask.shape) for x in both)
 
     @property
     def tokens_at_once(self) -> int:
@@ -494,7 +496,7 @@ def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
     """PPO eq. 9, negated, on one micro-batch: clipped surrogate + c1 value loss - c2 entropy (+ β KL with kl_in = loss)."""
     mask, weights = batch.mask, batch.weights
     with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_only):
-        states = actor.states(batch)
+        states = None if critic_only and actor.critic_trunk is not None else actor.states(batch)
     predictions = actor.predictions(actor.critic_states(batch, states), batch)
     vf_loss, stats = value_loss(predictions, batch.predictions, batch.returns, mask, cfg.cliprange_value, weights)
     loss = cfg.vf_coef * vf_loss
@@ -521,7 +523,7 @@ def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout,
     totals, tokens, norms, skipped = defaultdict(float), 0, [], 0
     rollout.weights = torch.empty_like(rollout.advantages)  # filled in for each minibatch
     epochs = [torch.randperm(len(rollout.mask)).chunk(cfg.num_mini_batches) for _ in range(cfg.num_ppo_epochs)]
-    for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:
+    for minibatch in itertools.chain(*epochs):
         mask = rollout.mask[minibatch].to(rollout.weights.dtype)
         if cfg.loss_aggregation == "token":  # every token of the step counts the same (DAPO, arXiv 2503.14476)
             rollout.weights[minibatch] = mask / mask.sum()
@@ -630,6 +632,15 @@ def encode(tokenizer, rows: list[dict]) -> list[Prompt]:
             raise UsageError(f"the prompt {row['prompt']!r} has no token in this tokenizer")
         prompts.append(Prompt({key: row.get(key) for key in columns}, ids))
     return prompts
+
+
+def reply_text(tokenizer, prompt: Prompt, ids: list[int]) -> str:
+    """The reply so that prompt + reply is the whole text. Decoded alone it may lack the space before its first word."""
+    if isinstance(prompt.row["prompt"], str):
+        start, whole = tokenizer.batch_decode([prompt.ids, prompt.ids + ids], skip_special_tokens=True)
+        if whole.startswith(start):
+            return whole[len(start):]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def left_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
@@ -788,7 +799,7 @@ def sentiment(prompts: list[str], completions: list[str], **columns) -> list[flo
 
 def fluency(prompts: list[str], completions: list[str], **columns) -> list[float]:
     """1 if the grammar parses the whole review. Measured with weight 0, never rewarded: it shows reward hacking."""
-    return [float(bool(REVIEW.fullmatch(f"{prompt} {text}"))) for prompt, text in zip(prompts, completions)]
+    return [float(bool(REVIEW.fullmatch(prompt + text))) for prompt, text in zip(prompts, completions)]
 
 
 def demo_task(seed: int, steps: int = 160):
@@ -1008,7 +1019,7 @@ def collect(task: Task, prompts: list[Prompt], cfg: Config,
     with timed(seconds, "reward"):
         rows = [prompt.row for prompt in prompts]
         ids = [response[mask].tolist() for response, mask in zip(rollout.responses, rollout.mask)]
-        replies = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        replies = [reply_text(task.tokenizer, prompt, tokens) for prompt, tokens in zip(prompts, ids)]
         completions = [reply if isinstance(row["prompt"], str) else [{"role": "assistant", "content": reply}]
                        for row, reply in zip(rows, replies)]
         judged = judge(task.rewards, rows, completions, ids)
@@ -1092,6 +1103,8 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
         best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         device = best if cfg.device == "auto" else torch.device(cfg.device)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where memory is pinned and waited for
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {cfg.device}: expected a device that torch has here, such as cpu") from None
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
@@ -1149,7 +1162,10 @@ def make_actors(cfg: Config, model: nn.Module, tokenizer, device: torch.device,
     if cfg.gradient_checkpointing:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        for layer in [module for module in actor.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        layers = [module for module in actor.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise UsageError(f"--gradient-checkpointing: {type(model).__name__} has no layers to recompute; leave it out")
+        for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return actor, ref
 
@@ -1323,7 +1339,7 @@ def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward
         if isinstance(e, RewardError) and state.before:
             save_checkpoint(run, task, optimizer, state)
         raise RunError(f"{e}; {way_on(run)}") from e
-    history = [row for row in map(json.loads, open(run / "metrics.jsonl")) if "objective/scores" in row]
+    history = [row for row in map(json.loads, open(run / "metrics.jsonl", encoding="utf-8")) if "objective/scores" in row]
     write_curves(run / "curves.svg", history)
     report(run, task.held_out, state.before, after, history, seconds, performance(task.actor, history, cfg))
     return run
@@ -1406,7 +1422,7 @@ def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, sta
 def read_config(run: Path | str) -> tuple[Config, dict]:
     """The settings of a run, and all of its config.json."""
     try:
-        about = json.loads((Path(run) / "config.json").read_text())
+        about = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
         return Config(**{name: tuple(x) if isinstance(x, list) else x for name, x in about["config"].items()}), about
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f"--resume {run}: expected the folder of a run of this ppo_llm.py ({type(e).__name__}: {e})") from None
@@ -1433,7 +1449,7 @@ def start(run: Path, cfg: Config, task: Task) -> State:
                           "transformers": transformers.__version__}, "sha256": identity(task)}
     try:
         run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as e:
         raise UsageError(f"cannot create {run}: {e.strerror}; give another --runs-dir or --name") from None
     return State(cfg.kl_coef)
@@ -1458,7 +1474,7 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
         try:
             policy = type(task.actor.lm).from_pretrained(last / "policy", dtype=next(task.actor.lm.parameters()).dtype)
             weights = load_file(last / "critic.safetensors") | {f"lm.{name}": x for name, x in policy.state_dict().items()}
-            saved = torch.load(last / "state.pt", weights_only=True)
+            saved = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
             if digest(weights) != saved["digest"]:
                 raise ValueError("the weights are not those that were saved")
             task.actor.load_state_dict(weights)
@@ -1485,12 +1501,14 @@ def flops(actor: Actor, rollout: Rollout, critic_only: bool = False) -> float:
     """
     lengths = (rollout.query_mask.sum(1) + rollout.mask.sum(1)).double() - 1  # the last token predicts nothing
     total = 0.0 if critic_only else 6 * float(rollout.mask.sum()) * actor.lm.get_output_embeddings().weight.numel()
-    for trunk in filter(None, (actor.lm.base_model, actor.critic_trunk)):
-        embeddings = sum(m.weight.numel() for m in trunk.modules() if isinstance(m, nn.Embedding))
-        weights = sum(p.numel() for p in trunk.parameters() if p.ndim > 1) - embeddings
-        attention = trunk.config.num_hidden_layers * trunk.config.hidden_size * lengths**2  # two products, half of each
-        backward = not (critic_only and trunk is actor.lm.base_model)
-        total += (6 if backward else 2) * float((weights * lengths + attention).sum())
+    policy = 6 if not critic_only else 2 if actor.critic_trunk is None else 0  # the critic may stand on its states
+    for trunk, each in ((actor.lm.base_model, policy), (actor.critic_trunk, 6)):
+        if trunk is not None:
+            config, decoder = trunk.config.get_text_config(), trunk.get_decoder()  # of a model that also sees, what reads
+            embeddings = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Embedding))
+            weights = sum(p.numel() for p in decoder.parameters() if p.ndim > 1) - embeddings
+            attention = config.num_hidden_layers * config.hidden_size * lengths**2  # two products, half of each
+            total += each * float((weights * lengths + attention).sum())
     return total
 
 
@@ -1558,7 +1576,7 @@ def record(run: Path, board, metrics: dict[str, float], samples: list[dict] = []
     """Append to the logs. A row is on the disk, or with the system, before the next update begins."""
     try:
         for name, rows in zip(LOGS, ([metrics], samples)):
-            with open(run / name, "a") as f:
+            with open(run / name, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     except OSError as e:
         raise RunError(f"cannot write to {run / name}: {e.strerror}") from e
@@ -1587,7 +1605,7 @@ def write_curves(path: Path, history: list[dict]) -> None:
         low, high = min(0.0, *ys), max(0.0, *ys, min(ys) + 1e-9)
         points = " ".join(f"{50 + 170 * k / max(1, len(ys) - 1):.1f},{120 - 80 * (y - low) / (high - low):.1f}"
                           for k, y in enumerate(ys))
-        panels.append(f'<g transform="translate({240 * i},0)"><text x="50" y="24" font-weight="bold">{name}</text>'
+        panels.append(f'<g transform="translate({240 * i},0)"><text x="50" y="24" font-weight="bold">{html.escape(name)}</text>'
                       f'<path d="M50 40V120H220" fill="none" stroke="#999"/>'
                       f'<polyline points="{points}" fill="none" stroke="#06c" stroke-width="2"/>'
                       f'<text x="45" y="44" text-anchor="end">{high:.2f}</text>'
@@ -1595,7 +1613,7 @@ def write_curves(path: Path, history: list[dict]) -> None:
                       f'<text x="220" y="136" text-anchor="end">update {history[-1]["update"]}</text></g>')
     path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {240 * len(names)} 145" '
                     f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
-                    f'{"".join(panels)}</svg>\n')
+                    f'{"".join(panels)}</svg>\n', encoding="utf-8")
 
 
 def sparkline(ys: list[float], width: int = 40) -> str:
@@ -1614,10 +1632,10 @@ def report(run: Path, held_out: list[Prompt], before, after, history: list[dict]
         print("\nHeld-out prompts, same seed:")
         for prompt, old, new in list(zip(held_out, before[1], after[1]))[:4]:
             text = prompt.row["prompt"]
-            text = text if isinstance(text, str) else text[-1]["content"]
+            text = text if isinstance(text, str) else str(text[-1]["content"])
             print(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
             for label, text in (("before", old), ("after", new)):
-                print(textwrap.fill(text, width, initial_indent=f"    {label:8}", subsequent_indent=" " * 12))
+                print(textwrap.fill(text.strip(), width, initial_indent=f"    {label:8}", subsequent_indent=" " * 12))
         print(f"\nHeld-out evaluation ({len(after[1])} replies)  {'before':>16}  {'after':>16}")
         for name in after[0]:
             cells = ["{:.2f} ± {:.2f}".format(*mean_and_error(result[0][name])) for result in (before, after)]
@@ -1658,6 +1676,8 @@ def parse(argv: list[str]) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 bad usage, 130 interrupted, 143 terminated."""
+    with contextlib.suppress(AttributeError):  # of a notebook's output
+        sys.stdout.reconfigure(errors="replace")  # an encoding without arrows must not end a run
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         cfg.check()

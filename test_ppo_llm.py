@@ -428,6 +428,8 @@ MODELS = {  # kind: settings of its config
         ffn_dim=16, word_embed_proj_dim=8, init_std=0.4), "GPTNeoX": SHAPE,
     "Gemma2": GROUPED | dict(head_dim=8, sliding_window=4, final_logit_softcapping=0.5), "Cohere": GROUPED | dict(logit_scale=0.3),
     "Granite": GROUPED | dict(logits_scaling=5.0), "Mixtral": GROUPED | dict(num_local_experts=4),
+    "Gemma3": dict(text_config=GROUPED | dict(head_dim=8, sliding_window=4), vision_config=dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)),  # also sees
     "Qwen3Moe": GROUPED | dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 
@@ -510,10 +512,11 @@ def files(tmp_path_factory):
     model_of("Llama", 0, "ForSequenceClassification").save_pretrained(folder / "judge")
     shutil.copytree(folder / "model", folder / "cut")
     (folder / "cut" / "model.safetensors").write_bytes((folder / "cut" / "model.safetensors").read_bytes()[:-50])
-    from transformers import MambaConfig, MambaForCausalLM
+    from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM, MambaConfig, MambaForCausalLM
 
     MambaForCausalLM(MambaConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder / "mamba")
-    for name in ("judge", "mamba"):
+    GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(**SHAPE)).save_pretrained(folder / "whole")
+    for name in ("judge", "mamba", "whole"):
         words_tokenizer().save_pretrained(folder / name)
     shutil.copytree(folder / "model", folder / "custom")
     (folder / "custom" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {
@@ -1522,6 +1525,30 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     assert lines(run / "metrics.jsonl")[1]["rewards/reward"] == 2 and lines(run / "metrics.jsonl")[1]["objective/scores"] == pytest.approx(4 / 3)
 
 
+def test_prompt_and_reply_are_the_whole_text():
+    """A decoder of Llama 2's kind drops the space before the first word of what it is given, and a reward model would read "wasgood".
+    What a reply adds to half a character cannot be told, and a chat's reply is a message of its own: both are decoded alone."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["?", "<s>", "▁it", "▁was", "▁good", "ly", "<0xC3>", "<0xA9>"])}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+    chat = [{"role": "user", "content": "it was"}]
+    for prompt, ids, reply, text in (("it was", [1, 2, 3], [4, 5], " goodly"), ("it was", [1, 2, 3], [5], "ly"), ("it was", [2, 3], [1], ""),
+                                     (chat, [1, 2, 3], [4, 5], "goodly"), ("it\xc3", [2, 6], [7, 4], "\ufffd good")):
+        assert P.reply_text(tokenizer, P.Prompt({"prompt": prompt}, ids), reply) == text
+
+
+def test_a_chat_in_parts_runs_to_its_end(tmp_path, capsys):
+    """Content as a list of parts, as the templates of models that also see have it."""
+    chats = [{"prompt": [{"role": "user", "content": [{"type": "text", "text": letter}]}]} for letter in "abcdefghij"]
+    P.train(Config(num_updates=1, batch_size=4, response_length=4, name="x", runs_dir=str(tmp_path)), prompts=chats, reward=lambda completions, **_: [
+        float(len(chat[0]["content"])) for chat in completions], model=letters_model(), tokenizer=letters_tokenizer(chat_template=CHAT))
+    assert "[{'type': 'text', 'text': '" in capsys.readouterr().out
+
+
 def test_long_prompts_are_dropped_and_counted(tmp_path, capsys):
     """--max-prompt-length keeps what is no longer than that, of both sets, and says how many it dropped."""
     cfg = Config(response_length=4, max_prompt_length=3, runs_dir=str(tmp_path))
@@ -1648,6 +1675,8 @@ BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--kl-in loss", 2, "--kl-estimator k1: expected k2 or k3, with --kl-in loss"),
     ("--kl-horizon 100", 2, "--kl-horizon 100.0: expected at least --batch-size 128"), ("--eval-prompts {f}/prompts.txt", 2, "give --model too"),
     ("--model {f}/model --prompts {f}/rewards.py --reward {f}/rewards.py:short", 2, "rewards.py: expected .txt, a prompt a line, or .jsonl"),
+    ("--model {f}/whole --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8 --gradient-checkpointing", 2,
+     "--gradient-checkpointing: GPTNeoXJapaneseForCausalLM has no layers to recompute"),
     ("--critic own", 2, "own"), ("--critic-lr 0", 2, "--critic-lr 0.0"), ("--score-clip -1", 2, "--score-clip -1.0"),
     ("--samples-per-prompt 3", 2, "--samples-per-prompt 3: expected a divisor of --batch-size 128"),
     ("--save-every 0", 2, "--save-every 0: expected 1 or more"), ("--max-prompt-length 0", 2, "--max-prompt-length 0"),
@@ -1767,6 +1796,18 @@ def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
 
 
 @pytest.mark.slow
+def test_any_text_goes_through_any_encoding(files, tmp_path):
+    """Where the system's encoding is ASCII the logs are UTF-8 all the same, and what the terminal cannot show ends no run."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "déjà → 的", "answer": 1}\n' * 10, encoding="utf-8")
+    ascii = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    done = subprocess.run([sys.executable, HERE / "ppo_llm.py", *shlex.split(f"--model {files}/model --prompts prompts.jsonl --num-updates 1 --name x "
+                           f"--reward {files}/rewards.py:answers --batch-size 8 --response-length 5")], cwd=tmp_path, env=ENV | ascii, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    samples = (tmp_path / "runs" / "x" / "samples.jsonl").read_text(encoding="utf-8")
+    assert "déjà → 的" in samples and b"Learning curves" in done.stdout
+
+
+@pytest.mark.slow
 def test_as_a_library_twice_the_same(tmp_path):
     """`train` with a model, a list of prompts and a callable: the score rises; the same seed gives the same metrics and weights."""
     results = []
@@ -1807,7 +1848,7 @@ def test_a_failing_reward_names_the_reply_after_the_run_is_saved(files, tmp_path
     arguments[arguments.index("--reward") + 1] = f"{tmp_path}/fragile.py:answers"
     assert P.main(arguments) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(r"reward answers failed at fragile.py:6: ZeroDivisionError: .*, for the prompt 't. t1' and the reply 't.*'; to go on from "
+    assert re.search(r"reward answers failed at fragile.py:6: ZeroDivisionError: .*, for the prompt 't. t1' and the reply ' t.*'; to go on from "
                      r".*/x/checkpoints/000001: python ppo_llm.py --resume", err), err
     text = (tmp_path / "fragile.py").read_text()
     (tmp_path / "fragile.py").write_text(text.replace("calls == 3", "False"))
@@ -1883,8 +1924,17 @@ def test_flops_are_those_of_the_matrix_products(kind, critic, critic_only):
         P.ppo_update(actor, torch.optim.AdamW(actor.parameters()), rollout, 0.1, cfg, critic_only)
     shared = critic[0] == "shared"
     head = (4 if shared and critic_only else 6) * 2 * 8 * 6 * 16 if critic[1] == "value" else 0  # frozen states need no gradient
-    attention = (2 if critic_only else 6) * 2 * 8 * 2 * 16 * 8**2 + (0 if shared else 6) * 2 * 8 * 2 * 16 * 8**2
+    policy = 6 if not critic_only else 2 if shared else 0  # a critic with a trunk of its own needs no states of the policy's
+    attention = (policy + (0 if shared else 6)) * 2 * 8 * 2 * 16 * 8**2
     assert counter.get_total_flops() == 2 * P.flops(actor, rollout, critic_only) + head - attention
+
+
+def test_curves_are_a_picture_whatever_a_reward_is_called(tmp_path):
+    from xml.etree import ElementTree
+
+    rows = [{"update": i, "objective/scores": 0.0, "objective/kl": 0.5, "rewards/<lambda>_0": i} for i in (1, 2)]
+    P.write_curves(tmp_path / "curves.svg", rows)
+    assert "rewards/<lambda>_0" in ElementTree.parse(tmp_path / "curves.svg").getroot().itertext()
 
 
 def test_speeds_are_those_of_the_times(files, tmp_path, capsys):
@@ -1956,6 +2006,18 @@ def test_resume_goes_on_as_if_never_stopped(finished, tmp_path, keep):
     assert P.main(["--resume", str(run)]) == 0
     assert outcome(run) == outcome(finished)
     assert len({row["kl_coef"] for row in outcome(run)[0] if "kl_coef" in row}) > 2  # there was a state to keep
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(finished, tmp_path):
+    """The optimizer's moments are saved with the name of their device, here that of one which no machine has."""
+    run = stopped(finished, tmp_path)
+    path = run / "checkpoints" / "000004" / "state.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
+        torch.save(torch.load(path, weights_only=True), path)
+    with pytest.raises(RuntimeError):
+        torch.load(path, weights_only=True)
+    assert P.main(["--resume", str(run)]) == 0 and outcome(run) == outcome(finished)
 
 
 KILLER = """
