@@ -1537,7 +1537,7 @@ def test_prompt_and_reply_are_the_whole_text():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
     chat = [{"role": "user", "content": "it was"}]
     for prompt, ids, reply, text in (("it was", [1, 2, 3], [4, 5], " goodly"), ("it was", [1, 2, 3], [5], "ly"), ("it was", [2, 3], [1], ""),
-                                     (chat, [1, 2, 3], [4, 5], "goodly"), ("it\xc3", [2, 6], [7, 4], "\ufffd good")):
+                                     (chat, [1, 2, 3], [4, 5, 1], "goodly"), ("it\xc3", [2, 6], [7, 4], "\ufffd good")):
         assert P.reply_text(tokenizer, P.Prompt({"prompt": prompt}, ids), reply) == text
 
 
