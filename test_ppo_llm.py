@@ -515,8 +515,8 @@ def files(tmp_path_factory):
     from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM, MambaConfig, MambaForCausalLM
 
     MambaForCausalLM(MambaConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder / "mamba")
-    GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(**SHAPE)).save_pretrained(folder / "whole")
-    for name in ("judge", "mamba", "whole"):
+    GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(**SHAPE)).save_pretrained(folder / "layerless")
+    for name in ("judge", "mamba", "layerless"):
         words_tokenizer().save_pretrained(folder / name)
     shutil.copytree(folder / "model", folder / "custom")
     (folder / "custom" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {
@@ -1675,7 +1675,7 @@ BAD = [  # arguments with {f} for the files; exit status; what the one line says
     ("--kl-in loss", 2, "--kl-estimator k1: expected k2 or k3, with --kl-in loss"),
     ("--kl-horizon 100", 2, "--kl-horizon 100.0: expected at least --batch-size 128"), ("--eval-prompts {f}/prompts.txt", 2, "give --model too"),
     ("--model {f}/model --prompts {f}/rewards.py --reward {f}/rewards.py:short", 2, "rewards.py: expected .txt, a prompt a line, or .jsonl"),
-    ("--model {f}/whole --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8 --gradient-checkpointing", 2,
+    ("--model {f}/layerless --prompts {f}/prompts.txt --reward {f}/rewards.py:short --response-length 8 --gradient-checkpointing", 2,
      "--gradient-checkpointing: GPTNeoXJapaneseForCausalLM has no layers to recompute"),
     ("--critic own", 2, "own"), ("--critic-lr 0", 2, "--critic-lr 0.0"), ("--score-clip -1", 2, "--score-clip -1.0"),
     ("--samples-per-prompt 3", 2, "--samples-per-prompt 3: expected a divisor of --batch-size 128"),
@@ -1927,6 +1927,11 @@ def test_flops_are_those_of_the_matrix_products(kind, critic, critic_only):
     policy = 6 if not critic_only else 2 if shared else 0  # a critic with a trunk of its own needs no states of the policy's
     attention = (policy + (0 if shared else 6)) * 2 * 8 * 2 * 16 * 8**2
     assert counter.get_total_flops() == 2 * P.flops(actor, rollout, critic_only) + head - attention
+
+
+def test_flops_of_a_model_that_also_sees_are_those_of_its_language_part():
+    _, _, rollout = experience()
+    assert P.flops(P.Actor(model_of("Gemma3")), rollout) == P.flops(P.Actor(model_of("Gemma3Text")), rollout)
 
 
 def test_curves_are_a_picture_whatever_a_reward_is_called(tmp_path):
