@@ -496,7 +496,7 @@ def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
     """PPO eq. 9, negated, on one micro-batch: clipped surrogate + c1 value loss - c2 entropy (+ β KL with kl_in = loss)."""
     mask, weights = batch.mask, batch.weights
     with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_only):
-        states = None if critic_only and actor.critic_trunk is not None else actor.states(batch)
+        states = None if critic_only and actor.critic_trunk is not None else actor.states(batch)  # None: it reads its own
     predictions = actor.predictions(actor.critic_states(batch, states), batch)
     vf_loss, stats = value_loss(predictions, batch.predictions, batch.returns, mask, cfg.cliprange_value, weights)
     loss = cfg.vf_coef * vf_loss
@@ -1104,7 +1104,7 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
         device = best if cfg.device == "auto" else torch.device(cfg.device)
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # where memory is pinned and waited for
+            torch.cuda.set_device(device)  # pinned memory and synchronize() go by the current device
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {cfg.device}: expected a device that torch has here, such as cpu") from None
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
@@ -1501,14 +1501,14 @@ def flops(actor: Actor, rollout: Rollout, critic_only: bool = False) -> float:
     """
     lengths = (rollout.query_mask.sum(1) + rollout.mask.sum(1)).double() - 1  # the last token predicts nothing
     total = 0.0 if critic_only else 6 * float(rollout.mask.sum()) * actor.lm.get_output_embeddings().weight.numel()
-    policy = 6 if not critic_only else 2 if actor.critic_trunk is None else 0  # the critic may stand on its states
-    for trunk, each in ((actor.lm.base_model, policy), (actor.critic_trunk, 6)):
-        if trunk is not None:
-            config, decoder = trunk.config.get_text_config(), trunk.get_decoder()  # of a model that also sees, what reads
-            embeddings = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Embedding))
-            weights = sum(p.numel() for p in decoder.parameters() if p.ndim > 1) - embeddings
-            attention = config.num_hidden_layers * config.hidden_size * lengths**2  # two products, half of each
-            total += each * float((weights * lengths + attention).sum())
+    frozen = critic_only and actor.critic_trunk is None  # a head alone learns, on the policy's states
+    trunks = (actor.critic_trunk,) if critic_only and not frozen else (actor.lm.base_model, actor.critic_trunk)
+    for trunk in filter(None, trunks):
+        config, decoder = trunk.config.get_text_config(), trunk.get_decoder()  # of a model that also sees, what reads
+        embeddings = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Embedding))
+        weights = sum(p.numel() for p in decoder.parameters() if p.ndim > 1) - embeddings
+        attention = config.num_hidden_layers * config.hidden_size * lengths**2  # two products, half of each
+        total += (2 if frozen else 6) * float((weights * lengths + attention).sum())
     return total
 
 
@@ -1676,7 +1676,7 @@ def parse(argv: list[str]) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 bad usage, 130 interrupted, 143 terminated."""
-    with contextlib.suppress(AttributeError):  # of a notebook's output
+    with contextlib.suppress(AttributeError):  # a notebook's output cannot
         sys.stdout.reconfigure(errors="replace")  # an encoding without arrows must not end a run
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)

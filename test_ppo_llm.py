@@ -1799,9 +1799,9 @@ def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
 def test_any_text_goes_through_any_encoding(files, tmp_path):
     """Where the system's encoding is ASCII the logs are UTF-8 all the same, and what the terminal cannot show ends no run."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "déjà → 的", "answer": 1}\n' * 10, encoding="utf-8")
-    ascii = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
     done = subprocess.run([sys.executable, HERE / "ppo_llm.py", *shlex.split(f"--model {files}/model --prompts prompts.jsonl --num-updates 1 --name x "
-                           f"--reward {files}/rewards.py:answers --batch-size 8 --response-length 5")], cwd=tmp_path, env=ENV | ascii, capture_output=True)
+                           f"--reward {files}/rewards.py:answers --batch-size 8 --response-length 5")], cwd=tmp_path, env=ENV | plain, capture_output=True)
     assert done.returncode == 0, done.stderr
     samples = (tmp_path / "runs" / "x" / "samples.jsonl").read_text(encoding="utf-8")
     assert "déjà → 的" in samples and b"Learning curves" in done.stdout
