@@ -1,71 +1,57 @@
+# SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "transformers>=5.17", "tyro>=1.0"]
 # ///
 """PPO for language models, in one file to be read from top to bottom.
 
-    python ppo_llm.py                                        # embedded demo: no download, no GPU, under a minute
-    python ppo_llm.py --model gpt2 --prompts prompts.jsonl --reward rewards.py:score     # your model, GPU if there is one
+    python ppo_llm.py                                 # embedded demo: no download, no GPU, under a minute
+    python ppo_llm.py --model gpt2 --prompts prompts.jsonl --reward rewards.py:score     # on a GPU if there is one
 
-One update, in six steps:
+Part I is PPO, and complete. It ends at the line "Part I ends here", needs torch and transformers, and knows nothing of
+files, flags or the terminal. Copy it whole, or one function of it: `for metrics, samples in ppo(...)` trains a model.
+Part II is the program around it: prompts, rewards, checkpoints, what the terminal shows, a demo, the command line. You
+may delete of it what you do not need, the demo first.
 
-  1. Generate: sample one reply to each of B prompts from the policy (`generate`).
-  2. Score: the reward functions judge each whole reply: scores [B].
-  3. Evaluate: one forward gives log-probabilities and values of every token; the frozen reference model gives its own.
-  4. Credit: rewards are -β·KL per token with the score on the last one; GAE makes advantages and returns of them.
+One update, in six steps (`ppo` is the loop over them):
+
+  1. Generate: sample a reply to each of B prompts from the policy (`generate`).
+  2. Score: a function of yours gives each whole reply a number: scores [B].
+  3. Log-probabilities and values: one forward pass of the policy gives both for every token of the replies. A frozen
+     copy of the first policy, the reference, gives its log-probabilities (`fill_logprobs_and_values`).
+  4. Advantages: the reward of a token is -β·KL, and the last token also gets the score. GAE makes advantages and
+     returns of the rewards and values (`compute_advantages`).
   5. Update: several epochs of minibatches on the clipped surrogate and the clipped value loss (`ppo_update`).
-  6. Log what happened, over valid tokens only, and go on.
+  6. Metrics: what happened, over valid tokens only (`rollout_metrics`).
 
-Left out on purpose: top-k and top-p (they change the sampling distribution and so every ratio), LoRA, a registry of
-anything, other algorithms.
+Left out on purpose: top-k and top-p (they change the distribution that is sampled, and with it every ratio), LoRA,
+other algorithms.
 
-Shapes: B responses, P prompt tokens (left-padded), T response tokens, N valid response tokens, H hidden, V vocabulary.
-Everything of the RL part is aligned to the response, [B, T].
+Shapes: B responses, P prompt tokens (left-padded), T response tokens, N valid response tokens, H hidden, V vocabulary;
+small b and n are those of a micro-batch. Everything of the RL part is aligned to the response, [B, T].
 
 Papers: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2015 (1506.02438); RLHF with a KL penalty,
 Ziegler et al. 2019 (1909.08593); KL estimators, Schulman 2020 (joschu.net/blog/kl-approx.html).
 """
 from __future__ import annotations
 
-import contextlib
-import copy
-import ctypes
-import dataclasses
-import functools
-import hashlib
-import html
-import importlib
-import importlib.util
-import io
-import itertools
-import json
 import math
-import os
 import random
-import re
-import shutil
-import signal
-import statistics
-import subprocess
-import sys
-import textwrap
-import threading
 import time
-import traceback
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable, Literal
+from typing import Callable, Iterator, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The mathematics: pure functions of tensors. Each can be copied out alone.
-#    A mask is boolean, True on valid tokens. Masked cells may hold anything, NaN too, and change nothing: torch.where
-#    selects where a multiplication would let NaN through.
+#    A mask is boolean, True on valid tokens. Masked cells may hold anything, even NaN, and change nothing: torch.where
+#    drops what they hold, where a multiplication by 0 would keep NaN.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -74,18 +60,20 @@ def response_mask(responses: Tensor, stop_ids: list[int]) -> Tensor:  # [B, T] -
 
     Never derived from `token != pad`: the pad token may equal EOS, and content may equal pad.
     """
-    stop = torch.isin(responses, torch.tensor(stop_ids, dtype=responses.dtype, device=responses.device)).long()
-    return stop.cumsum(1) - stop == 0  # no stop token strictly before this one
+    stop = torch.isin(responses, responses.new_tensor(stop_ids)).long()
+    stops_before = stop.cumsum(1) - stop
+    return stops_before == 0
 
 
 def masked_mean(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:  # [B, T], [B, T] -> []
     """Mean over the valid cells, 0 if there are none.
 
-    weights [B, T] replaces the uniform 1/N: the losses are then sums of weighted tokens. Weights that sum to 1 over an
-    optimizer step make its gradient the same however the step is cut into micro-batches.
+    weights [B, T]: the weighted sum over the valid cells instead. The losses use it, see `ppo_loss`.
     """
     x = torch.where(mask, x, 0.0)
-    return x.sum() / mask.sum().clamp(min=1) if weights is None else (x * torch.where(mask, weights, 0.0)).sum()
+    if weights is not None:
+        return (x * torch.where(mask, weights, 0.0)).sum()
+    return x.sum() / mask.sum().clamp(min=1)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  # [B, T], [B, T] -> [B, T]
@@ -96,14 +84,19 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  
     """
     mean = masked_mean(x, mask)
     centered = torch.where(mask, x - mean, 0.0)
-    whitened = centered * torch.rsqrt(masked_mean(centered**2, mask) + 1e-8)
+    variance = masked_mean(centered**2, mask)
+    whitened = centered * torch.rsqrt(variance + 1e-8)
     return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
 
 
-def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:  # [..., V], [...] -> [...]
+def logprobs_from_logits(
+    logits: Tensor,  # [..., V]
+    tokens: Tensor,  # [...]
+    temperature: float = 1.0,
+) -> Tensor:  # [...]
     """log π(token) in nats. The temperature is part of the policy: it is the one that the tokens were sampled with."""
-    logits = logits if temperature == 1 else logits / temperature  # one pass over [..., V] less
-    return F.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logprobs = F.log_softmax(logits / temperature, dim=-1)
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:  # [..., V] -> [...]
@@ -113,12 +106,12 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:  # 
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:  # [B, T], [B, T] -> [B, T]
-    """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (joschu.net/blog/kl-approx).
+    """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, a single one may be negative; k2 = d²/2, biased
-    but never negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of the
-    true KL. As a loss, differentiated on policy, k2 has the gradient of the KL in each state that is met (what a token does
-    to later states is missing), k1 has expected gradient 0 and k3 the gradient of KL(ref ‖ policy).
+    but never negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of
+    the true KL. As a loss, differentiated on policy, k2 has the gradient of the KL in each state that is met (what a
+    token does to later states is missing), k1 has expected gradient 0 and k3 the gradient of KL(ref ‖ policy).
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -143,20 +136,27 @@ def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, e
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:  # [B], [B, T], [B, T] -> [B, T]
     """Reward of each token: -β·KL_t, plus the score on the last response token (Ziegler et al. 2019, eq. 2)."""
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(last, scores.unsqueeze(1), 0.0)
+    penalty = torch.where(mask, -kl_coef * kl, 0.0)
+    return penalty + torch.where(last, scores.unsqueeze(1), 0.0)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95,
-        bootstrap: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, T], [B, T], [B, T] -> [B, T], [B, T]
+def gae(
+    rewards: Tensor,  # [B, T]
+    values: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,  # [B]
+) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16; PPO eq. 11-12), backwards in time:
 
         δ_t = r_t + γ·V_{t+1} - V_t          A_t = δ_t + γλ·A_{t+1}          return_t = A_t + V_t
 
-    values[:, t] is V of the state before token t. After the last token V is `bootstrap` [B]: 0 for a reply that ended
-    (the default), V of the cut-off state for one that the length budget stopped. Masked cells of both results are 0.
+    values[:, t] is V of the state before token t. After the last token V is `bootstrap`: 0 for a reply that ended (the
+    default), V of the last state for one that the length budget cut off. Masked cells of both results are 0.
     """
-    next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
     next_advantage = torch.zeros_like(values[:, 0])
+    next_value = next_advantage if bootstrap is None else bootstrap
     advantages = torch.empty_like(values)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -164,277 +164,420 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = next_advantage
     advantages = torch.where(mask, advantages, 0.0)
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    returns = torch.where(mask, advantages + values, 0.0)
+    return advantages, returns
 
 
-def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float = 0.2,
-                cliprange_high: float | None = None, dual_clip: float | None = None,
-                weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:  # [B, T] each -> [], stats
+def policy_loss(
+    new_logprobs: Tensor,  # [B, T], with gradient
+    logprobs: Tensor,  # [B, T]
+    advantages: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,  # [B, T]
+) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
     cliprange_high: upper ε, if it differs from the lower (clip-higher, DAPO, arXiv 2503.14476).
     dual_clip: c > 1 bounds the objective from below at cA where A < 0, however large ρ is (arXiv 1912.09729).
+    weights: those of `masked_mean`.
     stats: means over valid tokens of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
     """
+    upper = cliprange if cliprange_high is None else cliprange_high
     log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high)) * advantages
+    clipped = ratio.clamp(1 - cliprange, 1 + upper) * advantages
     surrogate = torch.minimum(unclipped, clipped)
-    if dual_clip is not None:
-        surrogate = torch.maximum(surrogate, dual_clip * advantages.clamp(max=0))  # where A > 0 it stays as it is, above 0
+    if dual_clip is not None:  # where A > 0 the bound is 0, and the surrogate is above it anyway
+        surrogate = torch.maximum(surrogate, dual_clip * advantages.clamp(max=0))
     with torch.no_grad():
-        stats = {"policy/approxkl": masked_mean(kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3"), mask),
-                 "policy/clipfrac": masked_mean((clipped < unclipped).to(ratio.dtype), mask),
-                 "policy/ratio": masked_mean(ratio, mask)}
+        old_new_kl = kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3")
+        stats = {
+            "policy/approxkl": masked_mean(old_new_kl, mask),
+            "policy/clipfrac": masked_mean((clipped < unclipped).to(ratio.dtype), mask),
+            "policy/ratio": masked_mean(ratio, mask),
+        }
     return -masked_mean(surrogate, mask, weights), stats
 
 
-def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float | None = 0.2,
-               weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:  # [B, T] each -> [], stats
+def value_loss(
+    new_values: Tensor,  # [B, T], with gradient
+    values: Tensor,  # [B, T]
+    returns: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    cliprange_value: float | None = 0.2,
+    weights: Tensor | None = None,  # [B, T]
+) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
     """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
 
-    The clip is not in the PPO paper; it is that of openai/baselines (ppo2). stats: the share of tokens where it binds.
+    The clip is not in the PPO paper; it is that of openai/baselines (ppo2). weights: those of `masked_mean`.
+    stats: the share of tokens where the clip binds.
     """
-    new_values, values, returns = (torch.where(mask, x, 0.0) for x in (new_values, values, returns))
-    error = clipped_error = (new_values - returns) ** 2
+    error = clipped_error = torch.where(mask, new_values - returns, 0.0) ** 2
     if cliprange_value is not None:
-        clipped_error = (new_values.clamp(values - cliprange_value, values + cliprange_value) - returns) ** 2
+        clipped = new_values.clamp(values - cliprange_value, values + cliprange_value)
+        clipped_error = torch.where(mask, clipped - returns, 0.0) ** 2
     with torch.no_grad():
         stats = {"val/clipfrac": masked_mean((clipped_error > error).to(error.dtype), mask)}
     return 0.5 * masked_mean(torch.maximum(error, clipped_error), mask, weights), stats
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. The data
+# 2. The settings of the algorithm
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """What Part I reads. Names are those of TRL's PPOConfig where the thing is the same."""
+    # Rollout.
+    num_updates: int = 100  # updates in all; an update is a batch of replies and the PPO epochs on it
+    batch_size: int = 128  # replies an update, B
+    samples_per_prompt: int = 1  # replies to each prompt of an update
+    response_length: int = 64  # longest reply, in tokens, T
+    temperature: float = 1.0  # of the policy, in sampling and in every log-probability
+    missing_eos_penalty: float | None = None  # taken from the score of a reply without a stop token; None: nothing is
+    score_clip: float | None = None  # scores are clipped to ± this; None: off
+    seed: int = 1  # of everything: same seed, same run
+
+    # KL penalty (Ziegler et al. 2019).
+    kl_coef: float = 0.05  # β, weight of the KL to the initial model, score units per nat
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = d, k2 = d²/2, k3 = e^-d - 1 + d, where d = log π - log π_ref
+    kl_in: Literal["reward", "loss"] = "reward"  # where β·KL goes: off the reward of each token, or into the loss
+    kl_target: float | None = None  # KL, nats a reply, that an adaptive β aims at; None: β is fixed
+    kl_horizon: float = 10000.0  # episodes over which the adaptive β moves by about a fifth
+
+    # Advantages.
+    gamma: float = 1.0  # γ, discount per token, in [0, 1]
+    lam: float = 0.95  # λ of GAE, in [0, 1]: 0 trusts the critic, 1 the returns
+    critic_lam: float | None = None  # λ of the critic's targets (VC-PPO); None: the same λ
+    whiten_rewards: bool = False  # scale token rewards to variance 1, keeping their mean
+    whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the whole batch
+    bootstrap_truncated: bool = False  # a reply cut off by its length counts V after it, instead of 0
+
+    # Update.
+    num_ppo_epochs: int = 4  # passes over each batch
+    num_mini_batches: int = 4  # optimizer steps a pass
+    micro_batch_size: int | None = None  # replies in memory at a time; changes no gradient; None: at most a minibatch
+    learning_rate: float = 1e-5  # of AdamW, at its highest
+    critic_lr: float | None = None  # learning rate of what only the critic uses; None: the policy's
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay over the updates, to 0
+    warmup_updates: int = 0  # updates of linear learning-rate warm-up
+    max_grad_norm: float | None = 1.0  # gradient clipping; None: off
+    cliprange: float = 0.2  # ε of the ratio
+    cliprange_high: float | None = None  # upper ε, if larger (clip-higher, DAPO); None: the same ε
+    dual_clip: float | None = None  # c > 1, bound on the loss of negative advantages (arXiv 1912.09729); None: off
+    cliprange_value: float | None = 0.2  # ε of the value clip; None: off
+    vf_coef: float = 0.1  # c1, weight of the value loss
+    ent_coef: float = 0.0  # c2, weight of the entropy bonus
+    loss_aggregation: Literal["token", "sequence"] = "token"  # each token, or each reply, weighs the same in a step
+    target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
+    critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
+
+    @property
+    def replies_at_once(self) -> int:  # most replies in memory at a time
+        return self.micro_batch_size or self.batch_size // self.num_mini_batches
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The data, and the actor with its value head
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
+class Prompt:
+    ids: list[int]  # its tokens
+    row: dict = None  # what else the scoring function needs to know of it
+
+
+@dataclass
 class Rollout:
-    """The replies of one update and all that is known of them, on the CPU: micro-batches go to the device one by one."""
+    """The replies of one update and all that is known of them, on the CPU. Micro-batches go to the device one by one.
+
+    What is None at first is filled in by the steps of an update, in the order of the fields.
+    """
     queries: Tensor  # [B, P] int, prompt tokens, left-padded
     query_mask: Tensor  # [B, P] bool, False on that padding
     responses: Tensor  # [B, T] int, sampled tokens, right-padded
     mask: Tensor  # [B, T] bool, the response mask
-    ended: Tensor  # [B] bool, whether a stop token ended the reply, and not the length budget
+    ended: Tensor  # [B] bool, True if a stop token ended the reply, False if the length budget did
     sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, only compared with `logprobs`
-    logprobs: Tensor | None = None  # [B, T] log π_old of each token, frozen
-    ref_logprobs: Tensor | None = None  # [B, T] the same under the reference
-    values: Tensor | None = None  # [B, T] V_old of the state before each token, frozen: the baseline
-    predictions: Tensor | None = None  # [B, T] what the critic is trained on: V_old again, or Q_old of state and token
-    entropy: Tensor | None = None  # [B, T] of π_old before each token, for the metrics
-    final_values: Tensor | None = None  # [B] V_old of the state after the last token
-    advantages: Tensor | None = None  # [B, T]
-    returns: Tensor | None = None  # [B, T] what the critic is regressed on
-    weights: Tensor | None = None  # [B, T] share of each token in the losses of its optimizer step
-    valid: Tensor | None = None  # [N] where the mask is True in the flattened [B, T]; made by `rows`
+    logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
+    ref_logprobs: Tensor = None  # [B, T] the same under the reference
+    entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
+    values: Tensor = None  # [B, T] V_old of the state before each token, frozen: the baseline
+    final_values: Tensor = None  # [B] V_old of the state after the last token
+    predictions: Tensor = None  # [B, T] what the critic is trained on: V_old again, or Q_old of state and token
+    advantages: Tensor = None  # [B, T]
+    returns: Tensor = None  # [B, T] what the critic's predictions should have been
+    token_weights: Tensor = None  # [B, T] weight of each token in the losses, 1 on average over a step
+    valid: Tensor = None  # [N] of a micro-batch: the places in the flattened [b, T] where the mask is True
 
-    def rows(self, index: Tensor, device: torch.device | str = "cpu") -> Rollout:
+    def replies(self) -> list:
+        """The tokens of each reply, without padding."""
+        return [response[mask].tolist() for response, mask in zip(self.responses, self.mask)]
+
+    def select(self, index: Tensor, device="cpu") -> Rollout:
         """The replies `index` on the device, trimmed to the longest prompt and the longest reply among them."""
-        prompt, reply = (int(mask[index].sum(1).max()) for mask in (self.query_mask, self.mask))
-        whole, left = ..., (..., slice(-prompt, None))
-        cut = {"queries": left, "query_mask": left, "ended": whole, "final_values": whole}
-        part = {name: x[index][cut.get(name, (..., slice(reply)))] for name, x in vars(self).items() if x is not None}
-        part["valid"] = part["mask"].flatten().nonzero().squeeze(1)  # not on the device, which would have to be waited for
-        cuda = torch.device(device).type == "cuda"  # where a copy from pinned memory need not be waited for
-        return Rollout(**{name: (x.pin_memory() if cuda else x).to(device, non_blocking=cuda) for name, x in part.items()})
+        longest_prompt = int(self.query_mask[index].sum(1).max())
+        longest_reply = int(self.mask[index].sum(1).max())
+        # Found on the CPU: on a GPU, nonzero would have to wait for all work that is queued before it.
+        fields = {"valid": self.mask[index, :longest_reply].flatten().nonzero().squeeze(1)}
+        for name, x in vars(self).items():
+            if x is None:
+                continue
+            x = x[index]
+            if name in ("queries", "query_mask"):
+                x = x[:, -longest_prompt:]
+            elif x.ndim == 2:
+                x = x[:, :longest_reply]
+            fields[name] = x
+        if torch.device(device).type == "cuda":  # the host need not wait for a copy from pinned memory
+            fields = {name: x.contiguous().pin_memory() for name, x in fields.items()}
+        return Rollout(**{name: x.to(device, non_blocking=True) for name, x in fields.items()})
 
-    def micro_batches(self, index: Tensor, size: int, device: torch.device | str = "cpu") -> list[Tensor]:
-        """Cut the replies `index` into groups of at most `size`, of like length: little is computed for padding."""
-        length = (self.query_mask.sum(1) + self.mask.sum(1))[index].tolist()
-        free = 128 if torch.device(device).type == "cpu" else 8192  # padding that costs less than one more pass
-        groups, tokens = [[]], 0
-        for i in sorted(range(len(length)), key=length.__getitem__):  # in the last group, i would widen all rows to its length
-            if len(groups[-1]) == size or len(groups[-1]) * length[i] > 1.125 * tokens + free:
-                groups.append([])
-                tokens = 0
-            groups[-1].append(i)
-            tokens += length[i]
-        return [index[group] for group in groups]
+    def micro_batches(self, index: Tensor, size: int) -> list[Tensor]:
+        """Cut the replies `index` into groups of at most `size` and of like length: little is computed for padding.
+
+        Lengths in a group, of prompt and reply together, lie between the same two powers of two. So no reply is padded
+        to more than twice its length, and there are few groups.
+        """
+        lengths = self.query_mask.sum(1) + self.mask.sum(1)
+        lengths, order = lengths[index].sort(stable=True)
+        _, counts = lengths.log2().long().unique_consecutive(return_counts=True)
+        groups = []
+        for replies_of_like_length in index[order].split(counts.tolist()):
+            groups += replies_of_like_length.split(size)
+        return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. The actor with its value head
-# ----------------------------------------------------------------------------------------------------------------------
+LOGITS_AT_ONCE = 2**26  # vocabulary logits in memory at a time: 256 MB in float32
 
 
 class Actor(nn.Module):
-    """A Hugging Face causal language model as the policy, and a critic: a linear head on last hidden states.
+    """A causal language model of transformers as the policy, and a critic: a linear head on hidden states.
 
-    The trunk (`lm.base_model`) and the vocabulary head are called apart, so that logits are computed only where a
-    response token is predicted. critic: None, the value head stands on the policy's own trunk; or a model that gives it
-    a trunk of its own, and its `score` head to start from if it is a sequence classifier. action_values: the head gives
-    Q(s, ·), a number for each token of the vocabulary, and not V(s). ValueError for a model that cannot work.
+    critic: None, the value head stands on the policy's own trunk, at half the work; or a second model, whose trunk it
+    then stands on. action_values: the head gives Q(s, a) for every token a, and the baseline is Σ_a π(a|s)·Q(s, a).
+    dtype: of matrix products (autocast); weights stay float32. ValueError for weights in half precision.
     """
 
-    def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32, critic: nn.Module | None = None,
-                 action_values: bool = False):
-        from transformers.activations import NewGELUActivation
-
+    def __init__(
+        self,
+        lm: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        critic: nn.Module | None = None,
+        action_values: bool = False,
+    ):
         super().__init__()
-        self.lm, self.dtype, self.action_values = lm.eval(), torch.float32, action_values  # eval: dropout moves the ratio
-        for module in [*lm.modules(), *(critic.modules() if critic is not None else ())]:
-            for name, child in module.named_children():
-                if isinstance(child, NewGELUActivation):  # GPT-2's, written out in eight operations: torch has it in one
-                    setattr(module, name, nn.GELU(approximate="tanh"))
-        if lm.device.type == "cpu" and (dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"):
-            for model in filter(None, (lm, critic)):  # the fused kernel would call oneDNN for each tile: several times as slow
-                model.set_attn_implementation("eager")
+        if lm.dtype.itemsize < 4:
+            raise ValueError(f"weights in {lm.dtype}: expected float32, for AdamW's small steps; call model.float()")
+        self.dtype = dtype
+        self.action_values = action_values
+        self.lm = lm.eval()  # no dropout: with it the first ratio would not be 1
         self.critic_trunk = None if critic is None else critic.base_model.eval()
         config = lm.config.get_text_config()
-        divisor = getattr(config, "logits_scaling", None)
-        self.logit_scale = 1 / divisor if divisor else getattr(config, "logit_scale", None)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        weight = lm.get_output_embeddings().weight  # [V, H]
-        for model in filter(None, (critic, lm)):  # an embedding tied to the head adds rows to its gradient, not a second [V, H]
-            embedding = model.get_input_embeddings()
-            embedding.sparse = embedding.weight is weight and weight.device.type in ("cpu", "cuda")
-        score = getattr(critic, "score", None)
-        width = (score or (critic or lm).get_output_embeddings()).weight.shape[1]
-        self.value_head = nn.Linear(width, len(weight) if action_values else 1)
-        self.value_head.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        with torch.no_grad():  # V = 0 at the start: the first advantages are plain returns
-            self.value_head.weight.copy_(torch.zeros(1) if score is None else score.weight)
-            self.value_head.bias.zero_()
-        for model in (lm,) if critic is None else (lm, critic):
-            self.check(model)
-        self.dtype = dtype
-
-    @torch.inference_mode()
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model whose states or logits, left-padded and with a cache, are not those of its own forward."""
-        from transformers import DynamicCache
-
-        ids = torch.arange(1, 7, device=self.device).view(1, 6) % model.get_input_embeddings().weight.shape[0]
-        padded, attention = F.pad(ids, (2, 0)), F.pad(torch.ones_like(ids), (2, 0))
-        try:
-            cache = DynamicCache(config=model.config)
-            start = self.trunk(padded[:, :5], attention[:, :5], cache, model.base_model)
-            cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=self.device))  # as when replies have stopped
-            ours = torch.cat([start, self.trunk(padded[:, 5:], attention, cache, model.base_model)], 1)[:, 2:]
-            own = model.base_model(input_ids=ids).last_hidden_state
-            if model is self.lm:
-                ours, own = self.logits(ours), model(input_ids=ids).logits
-            fault = "" if (own - ours).abs().max() < 0.02 * own.std() else (
-                "left-padded, with a cache, or through a scaled or soft-capped head, its output is not that of its forward")
-        except Exception as e:
-            fault = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
-        if fault:
-            raise ValueError(f"{type(model).__name__} cannot be trained here ({fault}); use another kind of model")
+        self.logit_scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies its logits,
+        self.logit_scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides them,
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # and Gemma 2 bounds them
+        head = lm.get_output_embeddings()  # weight [V, H]
+        width = head.weight.shape[1]
+        if critic is not None:
+            width = (critic.score if hasattr(critic, "score") else critic.get_output_embeddings()).weight.shape[1]
+        vocabulary = head.weight.shape[0]
+        self.tokens_at_once = max(1, LOGITS_AT_ONCE // vocabulary)
+        self.value_head = nn.Linear(width, vocabulary if action_values else 1, device=lm.device, dtype=lm.dtype)
+        nn.init.zeros_(self.value_head.weight)  # V = 0 at the start: the first advantages are plain returns
+        nn.init.zeros_(self.value_head.bias)
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return self.value_head.weight.device
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
-    def trunk(self, ids: Tensor, attention: Tensor, cache=None, base=None) -> Tensor:  # [b, L], [b, cached + L] -> [b, L, H]
-        """Last hidden states of the policy, or of `base`. Positions count real tokens: left padding must not shift them."""
-        positions = (attention.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    def trunk(self, base: nn.Module, ids: Tensor, attention: Tensor, cache=None) -> Tensor:
+        """Last hidden states of `base`. ids [b, L], attention [b, cached + L] -> [b, L, H].
+
+        Positions count real tokens: padding on the left must not shift them.
+        """
+        positions = (attention.long().cumsum(1) - 1).clamp(min=0)
         with self.autocast():
-            return (base or self.lm.base_model)(
-                input_ids=ids, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
-                use_cache=cache is not None).last_hidden_state
+            output = base(
+                input_ids=ids,
+                attention_mask=attention.long(),
+                position_ids=positions[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:  # [..., H] -> [..., V], at least float32
+        """What the model's own forward makes of its last hidden states, scale and soft cap included."""
         with self.autocast():
-            logits = self.lm.get_output_embeddings()(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.logit_scale is not None:
-            logits = logits * self.logit_scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+            logits = self.lm.get_output_embeddings()(states * self.logit_scale)
+        logits = logits.to(self.value_head.weight.dtype)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
 
-    def states(self, batch: Rollout, base=None, after: bool = False) -> Tensor:  # -> [b, T, H], or [b, T + 1, H]
-        """State t predicts response token t; with `after`, one more follows the last token. The only place that shifts."""
-        ids = torch.cat([batch.queries, batch.responses if after else batch.responses[:, :-1]], 1)
-        attention = torch.cat([batch.query_mask, torch.ones_like(batch.mask)], 1)  # what follows a reply is never looked at
-        return self.trunk(ids, attention[:, :ids.shape[1]], base=base)[:, batch.queries.shape[1] - 1:]
+    def states(self, base: nn.Module, batch: Rollout) -> Tensor:  # -> [b, T + 1, H]
+        """Response token t is predicted from state t; state T follows the last token. The only place that shifts."""
+        ids = torch.cat([batch.queries, batch.responses], 1)
+        # Attention is causal, so no token sees the padding to its right: only that on the left must be masked.
+        attention = F.pad(batch.query_mask, (0, batch.mask.shape[1]), value=True)
+        return self.trunk(base, ids, attention)[:, batch.queries.shape[1] - 1 :]
 
-    def critic_states(self, batch: Rollout, states: Tensor, after: bool = False) -> Tensor:  # as `states`
-        return states if self.critic_trunk is None else self.states(batch, self.critic_trunk, after)
+    def forward(self, batch: Rollout, temperature: float):
+        """(logprobs, entropy, predictions, values): [b, T] each, values [b, T + 1], see `Rollout` and `critic`.
 
-    def predictions(self, critic_states: Tensor, batch: Rollout) -> Tensor:  # [b, T or T + 1, H] -> [b, T]
-        """What the critic is trained on: V of the state before each token, or Q of that state and the token."""
-        x = critic_states[:, :batch.mask.shape[1]].to(self.value_head.weight.dtype)
-        if self.action_values:  # only the rows of the sampled tokens
-            return (x * self.value_head.weight[batch.responses]).sum(-1) + self.value_head.bias[batch.responses]
-        return self.value_head(x).squeeze(-1)
+        The old and the new log-probabilities both come from here: so the first ratio is 1.
+        """
+        states = self.states(self.lm.base_model, batch)
+        logprobs, entropy = self.logprobs(states[:, :-1], batch, temperature)
+        critic_states = states
+        if self.critic_trunk is not None:
+            critic_states = self.states(self.critic_trunk, batch)
+        predictions, values = self.critic(critic_states, states, batch, temperature)
+        return logprobs, entropy, predictions, values
 
-    def values(self, critic_states: Tensor, states: Tensor, temperature: float) -> Tensor:  # [b, T + 1, H] -> [b, T + 1]
-        """The baseline of every state: V(s), or Σ_a π(a|s)·Q(s, a)."""
+    def logprobs(self, states: Tensor, batch: Rollout, temperature: float) -> tuple[Tensor, Tensor]:  # [b, T, H]
+        """log π of the response tokens and the entropy of π before each: [b, T] both, 0 where the mask is False.
+
+        Logits are computed for valid tokens only, in chunks. If there are several, the backward pass computes each
+        anew: memory holds the logits of one chunk, never [b, T, V].
+        """
+
+        def head(states, tokens):  # [n, H], [n] -> [2, n]
+            logits = self.logits(states)
+            logprobs = logprobs_from_logits(logits, tokens, temperature)
+            return torch.stack([logprobs, entropy_from_logits(logits, temperature)])
+
+        states = states.flatten(0, 1)[batch.valid].split(self.tokens_at_once)  # [n, H] each
+        tokens = batch.responses.flatten()[batch.valid].split(self.tokens_at_once)  # [n] each
+        if len(tokens) == 1:
+            results = head(states[0], tokens[0])
+        else:
+            parts = [checkpoint(head, *chunk, use_reentrant=False) for chunk in zip(states, tokens)]
+            results = torch.cat(parts, 1)
+        placed = results.new_zeros(2, batch.mask.numel()).index_copy(1, batch.valid, results)
+        return placed.view(2, *batch.mask.shape).unbind()
+
+    def critic(
+        self,
+        critic_states: Tensor,  # [b, T + 1, H]
+        states: Tensor,  # [b, T + 1, H], of the policy
+        batch: Rollout,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor | None]:  # [b, T], [b, T + 1]
+        """(predictions, values). Predictions are what the critic is trained on: V(s), or Q(s, a) of the token a.
+
+        Values are the baseline of every state: V(s), or Σ_a π(a|s)·Q(s, a), which only rollouts need: None in training.
+        """
         x = critic_states.to(self.value_head.weight.dtype)
         if not self.action_values:
-            return self.value_head(x).squeeze(-1)
-        chunks = zip(*(y.flatten(0, 1).split(self.tokens_at_once) for y in (x, states)))
-        return torch.cat([((self.logits(y) / temperature).softmax(1) * self.value_head(z)).sum(1)
-                          for z, y in chunks]).view(states.shape[:2])
-
-    def logprobs(self, states: Tensor, batch: Rollout, temperature: float, entropy: bool = False) -> tuple[Tensor, Tensor]:
-        """log π of the response tokens and, on request, the entropy of π at each: [b, T] both, 0 where the mask is False.
-
-        Vocabulary rows are computed for valid tokens only, in chunks. More than one chunk is recomputed in the backward
-        pass: memory holds the logits of one chunk, never [B, T, V].
-        """
-        packed = states[:, :batch.mask.shape[1]].flatten(0, 1)[batch.valid]  # [N, H]
-        tokens = batch.responses.flatten()[batch.valid]  # [N]
-
-        def head(packed: Tensor, tokens: Tensor) -> Tensor:  # [n, H], [n] -> [2, n]
-            logits = self.logits(packed)
-            logprobs = logprobs_from_logits(logits, tokens, temperature)
-            entropies = entropy_from_logits(logits, temperature) if entropy else torch.zeros_like(logprobs)
-            return torch.stack([logprobs, entropies])
-
-        if len(packed) <= self.tokens_at_once:
-            both = head(packed, tokens)
-        else:
-            both = torch.cat([checkpoint(head, *chunk, use_reentrant=False)
-                              for chunk in zip(packed.split(self.tokens_at_once), tokens.split(self.tokens_at_once))], 1)
-        return tuple(x.new_zeros(batch.mask.numel()).index_copy(0, batch.valid, x).view(batch.mask.shape) for x in both)
-
-    @property
-    def tokens_at_once(self) -> int:
-        return max(1, LOGITS_AT_ONCE // self.lm.get_output_embeddings().weight.shape[0])
-
-
-LOGITS_AT_ONCE = 2**26  # vocabulary logits alive at a time: 256 MB in float32
+            values = self.value_head(x).squeeze(-1)
+            return values[:, :-1], values
+        weight = self.value_head.weight[batch.responses]  # [b, T, H]: only the rows of the sampled tokens
+        predictions = (x[:, :-1] * weight).sum(-1) + self.value_head.bias[batch.responses]
+        if torch.is_grad_enabled():
+            return predictions, None
+        values = []
+        q_chunks = x.flatten(0, 1).split(self.tokens_at_once)  # [n, H] each
+        for pi, q in zip(states.flatten(0, 1).split(self.tokens_at_once), q_chunks):
+            probabilities = (self.logits(pi) / temperature).softmax(1)  # [n, V]
+            values.append((probabilities * self.value_head(q)).sum(1))
+        return predictions, torch.cat(values).view(states.shape[:2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. The rollout: generate, evaluate, credit
+# 4. The rollout: generate, log-probabilities and values, advantages
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()  # inference_mode would keep autocast from caching the weights: each step would round them again
-def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length: int, temperature: float,
-             stop_ids: list[int]) -> Rollout:  # [B, P], [B, P] -> the first six fields
-    """Sample a reply to each prompt, token by token with the KV cache, from the whole distribution at `temperature`.
+def left_pad(sequences: list) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
+    """Lists of token ids, padded on the left, and their mask. Which token pads does not matter: only the mask counts."""
+    ids = [torch.tensor(sequence) for sequence in sequences]
+    padded = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
+    mask = padded >= 0  # -1 is the id of no token
+    return padded.where(mask, 0), mask
 
-    Every few tokens the host asks which replies have stopped (its own only synchronisation with the device) and drops
-    them from the batch once they are many.
+
+def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg: PPOConfig) -> Rollout:
+    """A rollout with a reply to each prompt: its first six fields."""
+    queries, query_mask = left_pad([prompt.ids for prompt in prompts])
+    responses, logprobs = generate(actor, queries, query_mask, stop_ids, cfg)
+    if not logprobs.isfinite().all():
+        raise FloatingPointError("the policy's probabilities are not finite: it has diverged; lower the learning rate")
+    mask = response_mask(responses, stop_ids)
+    stops = torch.isin(responses, responses.new_tensor(stop_ids))
+    ended = (stops & mask).any(1)
+    return Rollout(queries, query_mask, responses, mask, ended, logprobs)
+
+
+@torch.no_grad()  # not inference_mode: in it autocast would round the weights again for every token
+def generate(
+    actor: Actor,
+    queries: Tensor,  # [B, P]
+    query_mask: Tensor,  # [B, P]
+    stop_ids: list[int],
+    cfg: PPOConfig,
+) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
+    """Sample a reply to each prompt from the whole distribution: (responses, their log π), 0 after the end of a reply.
+
+    A token is the inverse of the distribution function at a uniform random number. argmax(p / exponential) would be
+    shorter, but one number a token can be drawn for all replies beforehand: so a reply does not depend on the others
+    in its group, nor on the device. Eight micro-batches are decoded together, as no activations are kept.
+    """
+    uniform = torch.rand(len(queries), cfg.response_length, dtype=torch.float64)
+    size = 8 * cfg.replies_at_once
+    groups = zip(queries.split(size), query_mask.split(size), uniform.split(size))
+    with actor.autocast():
+        parts = [decode(actor, *group, stop_ids, cfg.temperature) for group in groups]
+    responses, logprobs = zip(*parts)
+    return torch.cat(responses), torch.cat(logprobs)
+
+
+def decode(
+    actor: Actor,
+    queries: Tensor,  # [b, P]
+    query_mask: Tensor,  # [b, P]
+    uniform: Tensor,  # [b, T], in [0, 1)
+    stop_ids: list[int],
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # [b, T], [b, T]
+    """Token by token with the KV cache.
+
+    Every fourth token the host asks which replies have stopped, and drops them from the batch once a quarter have. To
+    ask after each token would make a GPU wait for the host.
     """
     from transformers import DynamicCache
 
-    B, P = queries.shape
-    responses = torch.zeros((B, response_length), dtype=torch.long, device=actor.device)
-    logprobs = torch.zeros((B, response_length), device=actor.device, dtype=actor.value_head.weight.dtype)
-    stop = torch.tensor(stop_ids, dtype=torch.long, device=actor.device)
-    alive = torch.arange(B, device=actor.device)  # rows still being written
-    stopped = torch.zeros(B, dtype=torch.bool, device=actor.device)
-    attention = torch.cat([query_mask, torch.ones(B, response_length, dtype=torch.bool)], 1).to(actor.device)
-    ids, cache = queries.to(actor.device), DynamicCache(config=actor.lm.config)
-    wide = torch.float32 if actor.device.type == "mps" else torch.float64  # MPS has no float64
-    uniform = torch.rand(B, response_length, dtype=wide, device=actor.device)  # a reply's own, whatever the others do
-    for t in range(response_length):
-        states = actor.trunk(ids, attention[:, :P + t], cache)[:, -1]
-        distribution = F.log_softmax(actor.logits(states) / temperature, dim=1)  # [b, V]
-        total = distribution.to(wide).exp().cumsum(1)  # sampling by the inverse of the distribution function
-        ids = torch.searchsorted(total, uniform[alive, t, None] * total[:, -1:], right=True)
-        ids = ids.clamp(max=total.shape[1] - 1)  # [b, 1]
-        responses[alive, t] = ids.squeeze(1)
-        logprobs[alive, t] = distribution.gather(1, ids).squeeze(1).to(logprobs.dtype)
-        stopped |= torch.isin(ids.squeeze(1), stop)
+    b, T = uniform.shape
+    uniform = uniform.to(actor.device, torch.float32 if actor.device.type == "mps" else torch.float64)
+    queries = queries.to(actor.device)
+    attention = F.pad(query_mask, (0, T), value=True).to(actor.device)
+    stop = queries.new_tensor(stop_ids)
+    responses = queries.new_zeros(b, T)
+    logprobs = actor.value_head.weight.new_zeros(b, T)
+    alive = torch.arange(b, device=actor.device)  # replies that are still being written
+    stopped = torch.zeros_like(alive, dtype=torch.bool)
+    ids = queries
+    cache = DynamicCache(config=actor.lm.config)
+    for t in range(T):
+        states = actor.trunk(actor.lm.base_model, ids, attention[:, : queries.shape[1] + t], cache)
+        logits = actor.logits(states[:, -1])  # [b, V]
+        cumulative = (logits.to(uniform.dtype) / temperature).softmax(1).cumsum(1)
+        tokens = torch.searchsorted(cumulative, uniform[alive, t].unsqueeze(1), right=True).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # rounding may leave the sum of all below 1
+        responses[alive, t] = torch.where(stopped, 0, tokens)
+        logprobs[alive, t] = torch.where(stopped, 0.0, logprobs_from_logits(logits, tokens, temperature))
+        stopped |= torch.isin(tokens, stop)
+        ids = tokens.unsqueeze(1)
         if t % 4 == 3:
             going = (~stopped).nonzero().squeeze(1)
             if len(going) == 0:
@@ -442,36 +585,31 @@ def generate(actor: Actor, queries: Tensor, query_mask: Tensor, response_length:
             if len(going) < 0.75 * len(alive):
                 alive, attention, ids, stopped = alive[going], attention[going], ids[going], stopped[going]
                 cache.reorder_cache(going)
-    written = responses.cpu()
-    mask = response_mask(written, stop_ids)
-    ended = (torch.isin(written, stop.cpu()) & mask).any(1)
-    return Rollout(queries, query_mask, written.masked_fill(~mask, 0), mask, ended, logprobs.cpu().where(mask, 0.0))
+    return responses.cpu(), logprobs.cpu()
 
 
-@torch.inference_mode()
-def evaluate(actor: Actor, ref: Actor, rollout: Rollout, temperature: float, micro_batch_size: int) -> None:
-    """Fill in log-probabilities and values of every response token, by the same forward that training uses."""
+@torch.no_grad()
+def fill_logprobs_and_values(actor: Actor, ref: Actor, rollout: Rollout, cfg: PPOConfig) -> None:
+    """Fill in what policy, critic and reference say of every response token, by the forward that training uses."""
     B, T = rollout.mask.shape
-    kind = dict(dtype=actor.value_head.weight.dtype)
-    names = "logprobs", "entropy", "ref_logprobs", "values", "predictions"
-    vars(rollout).update(zip(names, torch.zeros(len(names), B, T, **kind)))
-    rollout.final_values = torch.zeros(B, **kind)
-    for rows in rollout.micro_batches(torch.arange(B), micro_batch_size, actor.device):
-        batch = rollout.rows(rows, actor.device)
-        states = actor.states(batch, after=True)
-        logprobs, entropy = actor.logprobs(states, batch, temperature, entropy=True)
-        ref_logprobs, _ = ref.logprobs(ref.states(batch), batch, temperature)
-        critic_states = actor.critic_states(batch, states, after=True)
-        values = actor.values(critic_states, states, temperature)  # [b, t + 1]
-        found = logprobs, entropy, ref_logprobs, values[:, :-1], actor.predictions(critic_states, batch)
-        for name, x in zip(names, found):
-            getattr(rollout, name)[rows, :x.shape[1]] = x.to(**kind).cpu()
-        rollout.final_values[rows] = values.gather(1, batch.mask.sum(1, keepdim=True)).squeeze(1).cpu()
+    filled = torch.zeros(5, B, T, dtype=actor.value_head.weight.dtype)
+    rollout.final_values = filled.new_zeros(B)
+    for index in rollout.micro_batches(torch.arange(B), cfg.replies_at_once):
+        batch = rollout.select(index, actor.device)
+        logprobs, entropy, predictions, values = actor(batch, cfg.temperature)
+        ref_logprobs = ref(batch, cfg.temperature)[0]
+        results = torch.stack([logprobs, entropy, ref_logprobs, values[:, :-1], predictions])
+        filled[:, index, : results.shape[2]] = results.cpu()
+        lengths = batch.mask.sum(1, keepdim=True)
+        rollout.final_values[index] = values.gather(1, lengths).squeeze(1).cpu()
+    rollout.logprobs, rollout.entropy, rollout.ref_logprobs, rollout.values, rollout.predictions = filled
 
 
-def credit(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: Config) -> None:  # scores [B]
+def compute_advantages(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: PPOConfig) -> None:  # scores [B]
     """Fill in advantages and returns: score and KL to token rewards, GAE, whitening over the whole batch."""
     mask = rollout.mask
+    if cfg.score_clip is not None:
+        scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
     if cfg.missing_eos_penalty is not None:
         scores = scores.where(rollout.ended, scores - cfg.missing_eos_penalty)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
@@ -479,83 +617,283 @@ def credit(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: Config) -> Non
     if cfg.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     bootstrap = rollout.final_values.where(~rollout.ended, 0.0) if cfg.bootstrap_truncated else None
-    rollout.advantages, rollout.returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam, bootstrap)
+    advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam, bootstrap)
     if cfg.critic_lam is not None:  # the critic may look further ahead than the policy (VC-PPO, arXiv 2503.01491)
-        _, rollout.returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.critic_lam, bootstrap)
-    if cfg.whiten_advantages:
-        rollout.advantages = masked_whiten(rollout.advantages, mask)
+        _, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.critic_lam, bootstrap)
+    rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages
+    rollout.returns = returns
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. The PPO update
+# 5. The update
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def ppo_loss(actor: Actor, batch: Rollout, kl_coef: float, cfg: Config,
-             critic_only: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO eq. 9, negated, on one micro-batch: clipped surrogate + c1 value loss - c2 entropy (+ β KL with kl_in = loss)."""
-    mask, weights = batch.mask, batch.weights
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_only):
-        states = None if critic_only and actor.critic_trunk is not None else actor.states(batch)  # None: it reads its own
-    predictions = actor.predictions(actor.critic_states(batch, states), batch)
-    vf_loss, stats = value_loss(predictions, batch.predictions, batch.returns, mask, cfg.cliprange_value, weights)
-    loss = cfg.vf_coef * vf_loss
-    stats["loss/value"] = vf_loss.detach()
-    if critic_only:
-        return loss, stats
-    new_logprobs, entropy = actor.logprobs(states, batch, cfg.temperature, entropy=cfg.ent_coef != 0)
-    pg_loss, pg_stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, cfg.cliprange, cfg.cliprange_high,
-                                    cfg.dual_clip, weights)
-    loss = loss + pg_loss - cfg.ent_coef * masked_mean(entropy, mask, weights)
+def ppo_loss(
+    actor: Actor,
+    batch: Rollout,
+    kl_coef: float,
+    cfg: PPOConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
+    """PPO eq. 9, negated: clipped surrogate + c1 value loss - c2 entropy (+ β KL, PPO eq. 8, with kl_in = loss).
+
+    Loss and statistics are sums over the tokens of the micro-batch, in the losses with their weights. The sums of all
+    micro-batches, divided by the number of tokens in the step, are then the same however the step is cut.
+    """
+    mask = batch.mask
+    weights = batch.token_weights
+    new_logprobs, entropy, predictions, _ = actor(batch, cfg.temperature)
+    clips = (cfg.cliprange, cfg.cliprange_high, cfg.dual_clip)
+    pg_loss, pg_stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, *clips, weights)
+    vf_loss, vf_stats = value_loss(predictions, batch.predictions, batch.returns, mask, cfg.cliprange_value, weights)
+    loss = pg_loss + cfg.vf_coef * vf_loss
+    if cfg.ent_coef != 0:
+        loss = loss - cfg.ent_coef * masked_mean(entropy, mask, weights)
     if cfg.kl_in == "loss":
         kl = kl_estimate(new_logprobs, batch.ref_logprobs, cfg.kl_estimator)
         loss = loss + kl_coef * masked_mean(kl, mask, weights)
-    stats |= pg_stats | {"loss/policy": pg_loss.detach()}
+    stats = {name: mean * len(batch.valid) for name, mean in (pg_stats | vf_stats).items()}
+    stats |= {"loss/policy": pg_loss.detach(), "loss/value": vf_loss.detach()}
     return loss, stats
 
 
-def ppo_update(actor: Actor, optimizer: torch.optim.Optimizer, rollout: Rollout, kl_coef: float, cfg: Config,
-               critic_only: bool = False) -> dict[str, float]:
-    """Several epochs of shuffled minibatches, an optimizer step each. Returns metrics, means over all their valid tokens.
+def token_weights(mask: Tensor, aggregation: str) -> Tensor:  # [B, T] -> [B, T]
+    """The weight of each token in the losses of a step, 1 on average over its valid tokens."""
+    if aggregation == "token":  # every token counts the same (DAPO, arXiv 2503.14476)
+        return mask.float()
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # every reply counts the same, and its tokens share its part
+    return mask * (mask.sum() / (len(mask) * lengths))
 
-    A step whose loss or gradient is not finite is left out, with its metrics, and counted.
+
+def ppo_update(
+    actor: Actor,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    kl_coef: float,
+    cfg: PPOConfig,
+    critic_only: bool = False,
+) -> dict[str, float]:
+    """PPO, algorithm 1: several epochs of shuffled minibatches, an optimizer step each.
+
+    Returns metrics: means over the valid tokens of all steps, and counts of the steps. A step whose loss or gradient is
+    not finite is left out, with its metrics, and counted.
     """
-    totals, tokens, norms, skipped = defaultdict(float), 0, [], 0
-    rollout.weights = torch.empty_like(rollout.advantages)  # filled in for each minibatch
+    totals = defaultdict(float)  # sums over the tokens of all steps
+    tokens = 0  # in all steps
+    policy_norms = []  # before clipping
+    skipped = 0
+    rollout.token_weights = torch.zeros_like(rollout.advantages)
     epochs = [torch.randperm(len(rollout.mask)).chunk(cfg.num_mini_batches) for _ in range(cfg.num_ppo_epochs)]
-    for minibatch in itertools.chain(*epochs):
-        mask = rollout.mask[minibatch].to(rollout.weights.dtype)
-        if cfg.loss_aggregation == "token":  # every token of the step counts the same (DAPO, arXiv 2503.14476)
-            rollout.weights[minibatch] = mask / mask.sum()
-        else:  # every reply counts the same, its tokens share its part (the NaN of an empty one is masked)
-            rollout.weights[minibatch] = mask / (mask.sum(1, keepdim=True) * len(mask))
-        optimizer.zero_grad()  # here, so that no way out of the loop leaves gradients behind
-        step = defaultdict(float)  # sums over the step's tokens
-        for rows in rollout.micro_batches(minibatch, cfg.micro_batch_size or len(minibatch), actor.device):
-            batch = rollout.rows(rows, actor.device)
-            loss, stats = ppo_loss(actor, batch, kl_coef, cfg, critic_only)
-            loss.backward()
-            for name, x in stats.items():  # a loss is a part of the step's weighted sum, the rest means over these tokens
-                step[name] += x * (mask.sum() if name.startswith("loss/") else len(batch.valid))
-        norm, *others = [nn.utils.clip_grad_norm_(group["params"], cfg.max_grad_norm or math.inf)
-                         for group in optimizer.param_groups]  # apart: the critic's errors must not shrink the policy's step
-        if not math.isfinite(sum([norm, *others, *step.values()])):
+    for minibatch in [index for epoch in epochs for index in epoch]:
+        mask = rollout.mask[minibatch]
+        step_tokens = int(mask.sum())
+        rollout.token_weights[minibatch] = token_weights(mask, cfg.loss_aggregation).to(rollout.advantages.dtype)
+        step = defaultdict(float)  # sums over the tokens of this step
+        for index in rollout.micro_batches(minibatch, cfg.replies_at_once):
+            batch = rollout.select(index, actor.device)
+            loss, stats = ppo_loss(actor, batch, kl_coef, cfg)
+            (loss / step_tokens).backward()
+            for name, x in stats.items():
+                step[name] += x
+        if critic_only:  # the policy does not move: AdamW passes over parameters without a gradient
+            actor.lm.zero_grad()
+        # Policy and critic are clipped apart: large errors of the critic must not shrink the policy's step.
+        groups = [group["params"] for group in optimizer.param_groups]
+        norms = [nn.utils.clip_grad_norm_(group, cfg.max_grad_norm or math.inf) for group in groups]
+        finite = math.isfinite(sum(norms) + sum(step.values()))
+        too_far = cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl * step_tokens
+        if not finite:
             skipped += 1
-            continue
-        tokens += int(mask.sum())
-        for name, x in step.items():
-            totals[name] += float(x)
-        if cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl * mask.sum():
-            break
-        norms.append(float(norm))
-        optimizer.step()
-    return {name: total / tokens for name, total in totals.items()} | {
-        "policy/grad_norm": sum(norms) / max(1, len(norms)), "policy/steps": len(norms), "policy/skipped_steps": skipped}
+        elif not too_far:
+            optimizer.step()
+            policy_norms.append(float(norms[0]))
+        optimizer.zero_grad()  # whether a step was taken or not: no gradient stays for the next step or rollout
+        if finite:
+            tokens += step_tokens
+            for name, x in step.items():
+                totals[name] += float(x)
+            if too_far:
+                break
+    metrics = {name: total / tokens for name, total in totals.items()}
+    metrics["policy/grad_norm"] = sum(policy_norms) / max(1, len(policy_norms))
+    metrics["policy/steps"] = len(policy_norms)
+    metrics["policy/skipped_steps"] = skipped
+    return metrics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Prompts and rewards
+# 6. The loop
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """Where a run stands, beside weights and optimizer. No random generator is in it: each update seeds them anew."""
+    kl_coef: float  # β, which an adaptive controller moves
+    update: int = 0  # finished updates; so also the place in the learning-rate schedule and in the prompts
+    skipped: int = 0  # optimizer steps in a row that were not finite, counted in whole updates
+
+
+def ppo(
+    actor: Actor,
+    ref: Actor,
+    optimizer: torch.optim.Optimizer,
+    prompts: list[Prompt],
+    score: Callable,
+    stop_ids: list[int],
+    cfg: PPOConfig,
+    state: State,
+) -> Iterator[tuple[dict, list]]:
+    """Train the actor in place until cfg.num_updates updates are done. Yields the metrics and four samples of each.
+
+    ref: the frozen initial policy. optimizer: of one group of parameters, or of two, policy and critic (cfg.critic_lr).
+    score(prompts, replies): what the B replies, given as token ids, are worth: scores [B], higher is better, and their
+    parts {name: [B]}, for the metrics only (NaN where a part does not apply). stop_ids: the tokens that end a reply.
+    state: where to begin, State(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written then.
+    A sample is (prompt, token ids of the reply, score, KL in nats).
+
+    Raises ValueError for settings that cannot be, and FloatingPointError once training has diverged.
+    """
+    if cfg.batch_size % cfg.num_mini_batches or cfg.batch_size % cfg.samples_per_prompt:
+        raise ValueError("batch_size: expected a multiple of num_mini_batches and of samples_per_prompt")
+    while state.update < cfg.num_updates:
+        seed_everything(cfg.seed, state.update)
+        rates = (cfg.learning_rate, cfg.critic_lr or cfg.learning_rate)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * schedule(state.update, cfg)
+
+        # 1. Generate a reply to each prompt.
+        started = time.perf_counter()
+        count = cfg.batch_size // cfg.samples_per_prompt
+        drawn = draw_prompts(prompts, state.update * count, count, cfg.seed)
+        batch = [prompt for prompt in drawn for _ in range(cfg.samples_per_prompt)]
+        rollout = sample_replies(actor, batch, stop_ids, cfg)
+        generated = time.perf_counter()
+
+        # 2. Score each whole reply.
+        replies = rollout.replies()
+        scores, parts = score(batch, replies)
+        scored = time.perf_counter()
+
+        # 3. Log-probabilities and values of every token.
+        fill_logprobs_and_values(actor, ref, rollout, cfg)
+
+        # 4. Advantages.
+        compute_advantages(rollout, scores, state.kl_coef, cfg)
+        evaluated = time.perf_counter()
+
+        # 5. Update policy and critic.
+        critic_only = state.update < cfg.critic_warmup_updates
+        stats = ppo_update(actor, optimizer, rollout, state.kl_coef, cfg, critic_only)
+        updated = time.perf_counter()
+
+        # 6. Metrics, and the state after this update.
+        metrics = {
+            "update": state.update + 1,
+            "episode": (state.update + 1) * cfg.batch_size,
+            "lr": optimizer.param_groups[0]["lr"],
+            "kl_coef": state.kl_coef,
+            **rollout_metrics(rollout, scores, parts, state.kl_coef),
+            **stats,
+            "time/generate": generated - started,
+            "time/reward": scored - generated,
+            "time/evaluate": evaluated - scored,
+            "time/update": updated - evaluated,
+        }
+        samples = list(zip(batch, replies, scores.tolist(), reply_kl(rollout).tolist()))[:4]
+
+        state.update += 1
+        state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
+        if cfg.kl_target is not None:
+            state.kl_coef = adaptive_kl_coef(
+                state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
+            )
+        yield metrics, samples
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed Python, NumPy and torch from (seed, update), so that a resume needs no state of any generator."""
+    from transformers import set_seed
+
+    set_seed(random.Random(" ".join(map(str, parts))).getrandbits(32))
+
+
+def schedule(update: int, cfg: PPOConfig) -> float:
+    """Share of the learning rate in update `update`, counted from 0: linear warm-up, then the decay."""
+    done = update / cfg.num_updates
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warmup = min(1.0, (update + 1) / (cfg.warmup_updates + 1))
+    return warmup * decay[cfg.lr_scheduler_type]
+
+
+def draw_prompts(prompts: list, start: int, count: int, seed: int) -> list:
+    """`count` prompts from place `start` of an endless stream: pass after pass over all, each in a new order."""
+    epoch, first = divmod(start, len(prompts))
+    stream = []
+    while len(stream) < first + count:
+        stream += random.Random(f"{seed} {epoch}").sample(prompts, len(prompts))
+        epoch += 1
+    return stream[first : first + count]
+
+
+def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
+    """Σ_t (log π - log π_ref) of each reply: k1, in nats. Of one reply it may be negative, on average it is not."""
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs)
+    return torch.where(rollout.mask, kl, 0.0).sum(1)
+
+
+def rollout_metrics(
+    rollout: Rollout,
+    scores: Tensor,  # [B]
+    parts: dict[str, Tensor],  # [B] each
+    kl_coef: float,
+) -> dict[str, float]:
+    """What the replies of an update were like: means over replies, or over valid tokens for what a token has."""
+    mask = rollout.mask
+    kl = reply_kl(rollout)
+    returns = rollout.returns[mask]  # [N]
+    residual = returns - rollout.predictions[mask]
+    explained = 1 - residual.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    sampler_gap = rollout.logprobs - rollout.sampler_logprobs
+    metrics = {
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(correction=0),
+        "objective/kl": kl.mean(),
+        "objective/non_score_reward": -kl_coef * kl.mean(),
+        "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
+        **{f"rewards/{name}": part.nanmean() for name, part in parts.items()},
+        "prompt/length": rollout.query_mask.sum(1).float().mean(),
+        "reply/length": mask.sum(1).float().mean(),
+        "reply/ended": rollout.ended.float().mean(),
+        "policy/entropy": rollout.entropy[mask].mean(),
+        "policy/sampler_gap": sampler_gap[mask].abs().mean(),
+        "val/mean": rollout.values[mask].mean(),
+        "val/explained_variance": explained,
+    }
+    return {name: float(x) for name, x in metrics.items()}
+
+
+# ------------------------------------------------- Part I ends here ---------------------------------------------------
+# Part II: the program around it. Prompts, rewards, models, the run's folder, the terminal, the demo, the command line.
+# ----------------------------------------------------------------------------------------------------------------------
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import sys
+import textwrap
+import threading
+import traceback
+from pathlib import Path
 
 Reward = Callable[..., list[float]]  # f(prompts, completions, **columns), as in TRL's GRPOTrainer
 
@@ -572,24 +910,112 @@ class RewardError(RunError):
     """A reward that fails. The policy is sound, so the run is saved first."""
 
 
-def first_line(e: Exception) -> str:
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+@contextlib.contextmanager
+def in_one_line(what: str, error: type = UsageError):
+    """Any exception inside becomes an `error` of one line, which begins with `what`: a flag, a file, what was tried."""
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except Exception as e:
+        reason = str(e).strip().partition("\n")[0]
+        if not isinstance(e, ValueError):
+            reason = f"{type(e).__name__}: {reason}"
+        raise error(f"{what}: {reason}") from e
 
 
-@dataclass
-class Prompt:
-    row: dict  # "prompt", a string or a list of chat messages, and the columns for the reward functions
-    ids: list[int]  # its tokens
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. The settings of a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is trained, on what, and where."""
+    # The task.
+    model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
+    prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and reward columns; None: a demo
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION or MODULE:FUNCTION, f(prompts, completions, **columns) -> floats
+    reward_model: tuple[str, ...] = ()  # hub names or folders of sequence classifiers that score prompt and reply
+    reward_label: str | None = None  # the label that scores, of a reward model with several; None: it has one
+    reward_weights: tuple[float, ...] | None = None  # of --reward, then --reward-model; 0 measures only; None: all 1
+    eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
+    max_prompt_length: int | None = None  # longer prompts, in tokens, are dropped and counted; None: all must fit
+    stop_token: str | None = None  # one more token that ends a reply; None: the model's EOS tokens only
+    trust_remote_code: bool = False  # let models and tokenizers run code that comes with them
+
+    # The critic.
+    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's trunk, or a trunk of its own too
+    critic_model: str | None = None  # where a separate critic starts, a reward model's head included; None: the policy
+    critic_target: Literal["value", "action-value"] = "value"  # V(s), or Q(s, ·) with Σ π·Q as the baseline
+
+    # Where and how it runs.
+    name: str | None = None  # the run is written to RUNS_DIR/NAME; None: time and task
+    runs_dir: str = "runs"  # folder of the runs
+    save_every: int | None = None  # updates between checkpoints; None: only when interrupted or when a reward fails
+    resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
+    device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, not weights; auto: bfloat16 on CUDA
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; high: TF32, medium: oneDNN on CPUs
+    gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one forward more
+
+
+@dataclass(frozen=True)
+class Config(PPOConfig, RunConfig):  # in this order dataclasses, and so --help, list the fields of RunConfig first
+    """PPO for language models in one file.
+
+    Without --model, runs the embedded demo, with settings of its own.
+
+    Names are those of TRL's PPOConfig where the thing is the same.
+    """
+
+    def check(self) -> None:
+        """Raise UsageError for the first setting that cannot be."""
+        B = self.batch_size
+        counts = "num_updates batch_size num_ppo_epochs num_mini_batches micro_batch_size response_length"
+        positive = "temperature learning_rate critic_lr kl_target kl_horizon max_grad_norm target_kl score_clip"
+        not_negative = "seed kl_coef vf_coef ent_coef missing_eos_penalty warmup_updates critic_warmup_updates"
+        rules = [
+            ("1 or more", lambda x: x >= 1, f"{counts} samples_per_prompt max_prompt_length save_every"),
+            ("a number above 0", lambda x: 0 < x < math.inf, f"{positive} cliprange_high cliprange_value"),
+            ("0 or more", lambda x: 0 <= x < math.inf, not_negative),
+            ("a number in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam critic_lam"),
+            ("a number between 0 and 1", lambda x: 0 < x < 1, "cliprange"),
+            ("a number above 1", lambda x: 1 < x < math.inf, "dual_clip"),
+            ("letters, digits and ._+- only", re.compile(r"[\w.+-]+").fullmatch, "name"),
+            ("a file that exists", os.path.isfile, "prompts eval_prompts"),
+            (f"a divisor of --batch-size {B}", lambda x: B % x == 0, "num_mini_batches samples_per_prompt"),
+            (f"at least --batch-size {B}", lambda x: x >= B, "kl_horizon"),
+        ]
+        if self.kl_target is not None:
+            rules.append(("a number above 0 to start from, with --kl-target", lambda x: x > 0, "kl_coef"))
+        if self.kl_in == "loss":
+            expected = "k2 or k3, with --kl-in loss: as a loss k1 has no gradient on average"
+            rules.append((expected, lambda x: x != "k1", "kl_estimator"))
+        if self.critic_model is not None:
+            rules.append(("separate, with --critic-model", lambda x: x == "separate", "critic"))
+        for expected, is_right, names in rules:
+            for name in names.split():
+                x = getattr(self, name)
+                if x is not None and not is_right(x):
+                    raise UsageError(f"--{name.replace('_', '-')} {x}: expected {expected}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Prompts and rewards
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def as_row(x: str | dict) -> dict:
-    """A prompt, or a row with one, as a row; UsageError if it is neither."""
+    """A prompt, or a row with one, as a row; ValueError if it is neither."""
     row = {"prompt": x} if isinstance(x, str) else x
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
-    if not (chat or isinstance(prompt, str)) or not prompt or not str(prompt).strip():
-        raise UsageError('expected a "prompt": a string that is not empty, or chat messages with "role" and "content"')
-    return row
+    if isinstance(prompt, str) and prompt.strip():
+        return row
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt):
+            return row
+    raise ValueError('expected a "prompt": a string that is not empty, or chat messages with "role" and "content"')
 
 
 def load_prompts(path: str) -> list[dict]:
@@ -597,82 +1023,60 @@ def load_prompts(path: str) -> list[dict]:
     if Path(path).suffix not in (".txt", ".jsonl"):
         raise UsageError(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line")
     rows = []
-    try:
+    with in_one_line(f"cannot read the prompts {path}"):
         lines = Path(path).read_bytes().splitlines()
-    except OSError as e:
-        raise UsageError(f"cannot read the prompts {path}: {e.strerror}") from None
     for number, line in enumerate(lines, 1):
-        try:
+        with in_one_line(f"{path}, line {number}"):
             text = line.decode("utf-8-sig")
             if text.strip():
                 rows.append(as_row(json.loads(text) if path.endswith(".jsonl") else text))
-        except ValueError as e:
-            raise UsageError(f"{path}, line {number}: {e}") from None
     if not rows:
         raise UsageError(f"{path} holds no prompts")
     return rows
 
 
-def tokens_of(tokenizer, text: str | list[dict], **template) -> list[int]:
-    """Token ids of a string, or of chat messages by the tokenizer's template, which writes all special tokens itself."""
+def tokenize(tokenizer, text: str | list[dict], **template) -> list[int]:
+    """Token ids of a string, or of chat messages by the tokenizer's template, which writes all special tokens."""
     if isinstance(text, str):
         return tokenizer(text)["input_ids"]
     return tokenizer.apply_chat_template(text, return_dict=True, **template)["input_ids"]
 
 
+def is_begun(text: str | list[dict]) -> bool:
+    """Whether a chat ends with a message of the assistant, which the reply continues."""
+    return not isinstance(text, str) and text[-1]["role"] == "assistant"
+
+
 def encode(tokenizer, rows: list[dict]) -> list[Prompt]:
-    """Tokenize the prompts, and give every row the columns of all. An assistant's last message is to be gone on with."""
-    columns, prompts = dict.fromkeys(key for row in rows for key in row), []
+    """Tokenize the prompts. Every row gets the columns of all rows, None where it lacks one."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    prompts = []
     for row in rows:
-        if not isinstance(row["prompt"], str) and not tokenizer.chat_template:
-            raise UsageError("the prompts are chat messages and the model's tokenizer has no chat template: give strings")
-        go_on = not isinstance(row["prompt"], str) and row["prompt"][-1]["role"] == "assistant"
-        ids = tokens_of(tokenizer, row["prompt"], add_generation_prompt=not go_on, continue_final_message=go_on)
+        text = row["prompt"]
+        if not isinstance(text, str) and not tokenizer.chat_template:
+            raise UsageError("the prompts are chats and the model's tokenizer has no chat template: give strings")
+        begun = is_begun(text)
+        ids = tokenize(tokenizer, text, add_generation_prompt=not begun, continue_final_message=begun)
         if not ids:
-            raise UsageError(f"the prompt {row['prompt']!r} has no token in this tokenizer")
-        prompts.append(Prompt({key: row.get(key) for key in columns}, ids))
+            raise UsageError(f"the prompt {text!r} has no token in this tokenizer")
+        prompts.append(Prompt(ids, {key: row.get(key) for key in columns}))
     return prompts
 
 
 def reply_text(tokenizer, prompt: Prompt, ids: list[int]) -> str:
-    """The reply so that prompt + reply is the whole text. Decoded alone it may lack the space before its first word."""
+    """The reply such that prompt + reply is the whole text. Decoded alone, it may lack the space at its start."""
     if isinstance(prompt.row["prompt"], str):
-        start, whole = tokenizer.batch_decode([prompt.ids, prompt.ids + ids], skip_special_tokens=True)
-        if whole.startswith(start):
-            return whole[len(start):]
+        start, text = tokenizer.batch_decode([prompt.ids, prompt.ids + ids], skip_special_tokens=True)
+        if text.startswith(start):
+            return text[len(start) :]
     return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def left_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
-    """Left-padded token ids and their mask. Any token does for padding, as masks come from lengths: 0."""
-    width = max(map(len, rows))
-    mask = torch.arange(width) >= width - torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    return torch.tensor([[0] * (width - len(row)) + row for row in rows]), mask
-
-
-def load(kind: str, name: str, flag: str, cfg: Config):
-    """Auto{kind} of transformers from a folder or the hub, in float32. Refused if weights lack: they would be random."""
-    import transformers
-
-    options = dict(dtype=torch.float32, output_loading_info=True) if kind.startswith("ModelFor") else {}
-    auto = getattr(transformers, f"Auto{kind}")
-    try:
-        loaded = auto.from_pretrained(name, trust_remote_code=cfg.trust_remote_code, **options)
-    except Exception as e:
-        reason = first_line(e)
-        if "trust_remote_code" in str(e):
-            reason = "it comes with code of its own: give --trust-remote-code if you trust it"
-        raise UsageError(f"--{flag} {name}: {reason}") from None
-    if options and loaded[1]["missing_keys"]:
-        raise UsageError(f"--{flag} {name}: it holds no {min(loaded[1]['missing_keys'])}, so it is no "
-                         f"{kind.replace('ModelFor', '')} model")
-    return loaded[0] if options else loaded
 
 
 def load_reward(spec: str) -> Reward:
     """The function that `path/to/file.py:function` or `module:function` names."""
     path, _, name = spec.rpartition(":")
-    try:
+    expected = "expected FILE.py:FUNCTION or MODULE:FUNCTION"
+    with in_one_line(f"--reward {spec}: {expected}, and {path or 'nothing'} cannot be imported"):
         if path.endswith(".py"):
             module_spec = importlib.util.spec_from_file_location(path, path)
             module = sys.modules[path] = importlib.util.module_from_spec(module_spec)
@@ -680,105 +1084,702 @@ def load_reward(spec: str) -> Reward:
         else:
             sys.path.append(os.getcwd())
             module = importlib.import_module(path)
-    except Exception as e:
-        raise UsageError(f"--reward {spec}: expected FILE.py:FUNCTION or MODULE:FUNCTION, and {path or 'nothing'} cannot be "
-                         f"imported: {type(e).__name__}: {e}") from e
     if not callable(getattr(module, name, None)):
         raise UsageError(f"--reward {spec}: {path} has no function {name}")
     return getattr(module, name)
 
 
-def joined(prompt: str | list[dict], completion: str | list[dict]) -> str | list[dict]:
-    """Prompt and reply as one text or chat. A reply that goes on with the assistant's last message joins it."""
-    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+def join_reply(prompt: str | list[dict], completion: str | list[dict]) -> str | list[dict]:
+    """Prompt and reply as one text or chat. A reply that continues the assistant's last message is put behind it."""
+    if not is_begun(prompt):
         return prompt + completion
-    return prompt[:-1] + [prompt[-1] | {"content": prompt[-1]["content"] + completion[0]["content"]}]
+    content = prompt[-1]["content"] + completion[0]["content"]
+    return [*prompt[:-1], prompt[-1] | {"content": content}]
 
 
-def load_reward_model(name: str, chat: bool, device: torch.device, dtype: torch.dtype, cfg: Config) -> Reward:
+def load_reward_model(
+    name: str,
+    chat: bool,  # whether any prompt is a chat
+    device: torch.device,
+    dtype: torch.dtype,
+    cfg: Config,
+) -> Reward:
     """A sequence-classification model as a reward function, with its own tokenizer and chat template.
 
-    It scores prompt and reply together, each text as if alone. Of one too long for it, it sees the first token and the end.
+    It scores prompt and reply together, each text as if alone. If a text is too long for it, it reads the first token,
+    which may be a special one, and the end.
     """
     model = load("ModelForSequenceClassification", name, "reward-model", cfg).to(device).eval()
     tokenizer = load("Tokenizer", name, "reward-model", cfg)
     config = model.config.get_text_config()
     if chat and not tokenizer.chat_template:
         raise UsageError(f"--reward-model {name}: the prompts are chat messages and its tokenizer has no chat template")
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    if len(labels) > 1 and cfg.reward_label not in labels:
-        raise UsageError(f"--reward-label {cfg.reward_label}: expected one of {', '.join(labels)}, the labels of {name}")
-    column = labels.index(cfg.reward_label) if len(labels) > 1 else 0
+    labels = list(model.config.id2label.values())
+    label = labels[0] if len(labels) == 1 else cfg.reward_label
+    if label not in labels:
+        raise UsageError(f"--reward-label {label}: expected one of {', '.join(labels)}, the labels of {name}")
     longest = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
-    own_pad, told = config.pad_token_id, False
+    # A decoder scores the last token, and finds it in a batch by the pad token: without one, a text at a time.
+    at_once = 1 if config.pad_token_id is None else cfg.replies_at_once
 
     @torch.inference_mode()
     def score(prompts: list, completions: list, **columns) -> list[float]:
-        nonlocal told
-        rows = [tokens_of(tokenizer, joined(p, c)) for p, c in zip(prompts, completions)]
-        cut = sum(len(row) > longest for row in rows)
-        if cut and not told:
-            told = True
-            print(f"\nreward model {name}: {cut} of {len(rows)} texts are longer than its {longest} tokens and lose their "
-                  "beginning (said once)", file=sys.stderr)
-        rows = [row if len(row) <= longest else row[:1] + row[len(row) - longest + 1:] for row in rows]
-        if own_pad is None:  # a decoder that scores the last token: to find that in a batch it needs a pad token of no text
-            config.pad_token_id = min(set(range(config.vocab_size)).difference(*rows), default=None)
-        size = 1 if config.pad_token_id is None else cfg.rows_at_once
-        scores = torch.zeros(len(rows))
-        for index in torch.tensor([len(row) for row in rows]).argsort(stable=True).split(size):
-            lengths = torch.tensor([len(rows[i]) for i in index])
-            ids = torch.tensor([rows[i] + [config.pad_token_id] * int(lengths.max() - len(rows[i])) for i in index]).to(device)
-            attention = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long().to(device)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                scores[index] = model(input_ids=ids, attention_mask=attention).logits[:, column].float().cpu()
-        return scores.tolist()
+        texts = [tokenize(tokenizer, join_reply(p, c)) for p, c in zip(prompts, completions)]
+        if any(len(ids) > longest for ids in texts):
+            say_once(f"reward model {name}: texts of more than its {longest} tokens lose their beginning")
+            texts = [ids if len(ids) <= longest else ids[:1] + ids[1 - longest :] for ids in texts]
+        scores = []
+        for start in range(0, len(texts), at_once):
+            ids = [torch.tensor(text) for text in texts[start : start + at_once]]
+            attention = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
+            padded = pad_sequence(ids, batch_first=True, padding_value=config.pad_token_id or 0)
+            with torch.autocast(device.type, dtype, dtype != torch.float32):
+                logits = model(input_ids=padded.to(device), attention_mask=attention.to(device)).logits
+            scores += logits[:, labels.index(label)].float().tolist()
+        return scores
 
     score.__name__ = Path(name).name
     return score
 
 
-def judge(rewards: dict[str, Reward], rows: list[dict], completions: list,
-          completion_ids: list[list[int]]) -> dict[str, Tensor]:
+@functools.cache
+def say_once(text: str) -> None:
+    print(f"\n{text}", file=sys.stderr)
+
+
+def call_rewards(rewards: dict[str, Reward], columns: dict[str, list]) -> dict[str, Tensor]:
     """What each reward function says of each reply: {name: [B]}, NaN where it says None, that it does not apply.
 
     RewardError, naming the reward, the prompt and the reply, for one that raises or gives anything but finite numbers.
     """
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions, "completion_ids": completion_ids}
-    told = [f"for the prompt {row['prompt']!r:.500} and the reply {reply!r:.500}" for row, reply in zip(rows, completions)]
-    judged = {}
+    prompts = columns["prompts"]
+    parts = {}
     for name, reward in rewards.items():
+
+        def fail(problem: str, i: int) -> None:
+            prompt, reply = prompts[i], columns["completions"][i]
+            raise RewardError(f"reward {name} {problem} for the prompt {prompt!r:.500} and the reply {reply!r:.500}")
+
         try:
             answers = list(reward(**columns))
         except Exception as e:
             where = traceback.extract_tb(e.__traceback__)[-1]
-            message = f"reward {name} failed at {Path(where.filename).name}:{where.lineno}: {type(e).__name__}: {e}"
-            for i in range(len(rows)):  # one reply at a time, to name the one that does it
+            problem = f"failed at {Path(where.filename).name}:{where.lineno}: {type(e).__name__}: {e},"
+            for i in range(len(prompts)):  # each reply alone, to name the one that it fails on
                 try:
-                    list(reward(**{key: x[i:i + 1] for key, x in columns.items()}))
+                    list(reward(**{key: x[i : i + 1] for key, x in columns.items()}))
                 except Exception:
-                    raise RewardError(f"{message}, {told[i]}") from e
-            raise RewardError(f"{message}, for a batch of {len(rows)} but for no reply alone") from e
-        if len(answers) != len(rows):
-            raise RewardError(f"reward {name}: expected {len(rows)} numbers, one a completion, got {len(answers)}")
-        answers = [x.item() if hasattr(x, "item") else x for x in answers]  # of NumPy and torch
-        for x, what in zip(answers, told):
+                    fail(problem, i)
+            raise RewardError(f"reward {name} {problem} for a batch of {len(prompts)} but for no reply alone") from e
+        if len(answers) != len(prompts):
+            raise RewardError(f"reward {name}: expected {len(prompts)} numbers, one a completion, got {len(answers)}")
+        for i, x in enumerate(answers):
+            x = x.item() if hasattr(x, "item") else x  # of NumPy and torch
             if x is not None and not (isinstance(x, (int, float)) and math.isfinite(x)):
-                raise RewardError(f"reward {name} gave {x!r:.100} {what}: expected a finite number, or None")
-        judged[name] = torch.tensor([math.nan if x is None else float(x) for x in answers])
-    return judged
+                fail(f"gave {x!r:.100}, expected a finite number or None,", i)
+            answers[i] = math.nan if x is None else float(x)
+        parts[name] = torch.tensor(answers)
+    return parts
 
 
-def update_moments(moments: tuple[float, float, float], x: Tensor) -> tuple[float, float, float]:  # [n]
-    """(count, mean, sum of squared deviations) of all numbers so far, with those of x (Chan et al. 1983)."""
-    count, mean, squares = moments
-    total, shift = count + len(x), float(x.mean()) - mean
-    squares += float(((x - x.mean()) ** 2).sum()) + shift**2 * count * len(x) / total
-    return total, mean + shift * len(x) / total, squares
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Models
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------- the embedded demo: delete it, and a trainer is left
+def load(auto_class: str, name: str, flag: str, cfg: Config):
+    """Auto{auto_class} of transformers from a folder or the hub, models in float32. Missing weights are refused."""
+    import transformers
+
+    is_model = auto_class.startswith("ModelFor")
+    options = {"dtype": torch.float32, "output_loading_info": True} if is_model else {}
+    with in_one_line(f"--{flag} {name}"):
+        try:
+            loaded = getattr(transformers, f"Auto{auto_class}").from_pretrained(
+                name, trust_remote_code=cfg.trust_remote_code, **options
+            )
+        except ValueError as e:
+            if "trust_remote_code" not in str(e):
+                raise
+            advice = "it comes with code of its own: give --trust-remote-code if you trust it"
+            raise UsageError(f"--{flag} {name}: {advice}") from e
+    if not is_model:
+        return loaded
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = min(info["missing_keys"])
+        task = auto_class.removeprefix("ModelFor")
+        raise UsageError(f"--{flag} {name}: it holds no {missing}, so it is no {task} model")
+    return model
+
+
+def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
+    """Where to compute, and the type of matrix products. Sets for the process how it multiplies in float32."""
+    with in_one_line(f"--device {cfg.device}: expected a device that torch has here, such as cpu"):
+        best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = best if cfg.device == "auto" else torch.device(cfg.device)
+        torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # pinned memory and synchronize() go by the current device
+    dtype = cfg.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    return device, getattr(torch, dtype)
+
+
+def load_critic(cfg: Config, tokenizer) -> nn.Module:
+    """What a separate critic starts from: a causal language model, or a decoder that scores, then with its head."""
+    flag = f"--critic-model {cfg.critic_model}"
+    architectures = load("Config", cfg.critic_model, "critic-model", cfg).architectures or [""]
+    is_classifier = architectures[0].endswith("ForSequenceClassification")
+    auto_class = "ModelForSequenceClassification" if is_classifier else "ModelForCausalLM"
+    critic = load(auto_class, cfg.critic_model, "critic-model", cfg)
+    if is_classifier and (critic.config.num_labels != 1 or not hasattr(critic, "score")):
+        raise UsageError(f"{flag}: expected a decoder with a score head of one label")
+    if load("Tokenizer", cfg.critic_model, "critic-model", cfg).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(f"{flag}: its vocabulary is not the policy's, whose tokens it reads")
+    return critic
+
+
+def fit_to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move the model, and replace what is slow there by the same function in a faster form."""
+    from transformers.activations import NewGELUActivation
+
+    model.to(device)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):  # GPT-2's, written out in eight operations: torch has it in one
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    if device.type == "cpu" and (dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"):
+        model.set_attn_implementation("eager")  # the fused kernel calls oneDNN for each tile: several times as slow
+    return model
+
+
+@torch.no_grad()
+def check_model(actor: Actor, model: nn.Module) -> None:
+    """Refuse a model whose states or logits, left-padded and with a cache, are not those of its own forward."""
+    from transformers import DynamicCache
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 7, device=actor.device).unsqueeze(0) % vocabulary
+    padded = F.pad(ids, (2, 0))
+    attention = F.pad(torch.ones_like(ids), (2, 0))
+    with in_one_line(f"{type(model).__name__} cannot be trained here, use another kind of model"):
+        cache = DynamicCache(config=model.config)
+        start = actor.trunk(model.base_model, padded[:, :5], attention[:, :5], cache)
+        cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=actor.device))  # as when replies have stopped
+        end = actor.trunk(model.base_model, padded[:, 5:], attention, cache)
+        ours = torch.cat([start, end], 1)[:, 2:]
+        if model is actor.lm:
+            ours = actor.logits(ours)
+            own = model(input_ids=ids).logits
+        else:
+            own = model.base_model(input_ids=ids).last_hidden_state
+        if not (own - ours).abs().max() < 0.02 * own.std():
+            raise ValueError("left-padded, with a cache or through its head, its output is not that of its own forward")
+
+
+def make_actors(cfg: Config, model, tokenizer, device: torch.device, dtype: torch.dtype) -> tuple[Actor, Actor]:
+    """The policy with its critic, and the frozen reference."""
+    if model.dtype in (torch.bfloat16, torch.float16):
+        model.float()  # half-precision weights would lose most of AdamW's small steps
+    fit_to_device(model, device, dtype)
+    check_model(Actor(model), model)
+    ref = Actor(copy.deepcopy(model), dtype).requires_grad_(False)
+    critic = None
+    if cfg.critic == "separate":
+        critic = copy.deepcopy(model) if cfg.critic_model is None else load_critic(cfg, tokenizer)
+        fit_to_device(critic, device, dtype)
+        check_model(Actor(model), critic)
+        critic.get_input_embeddings().sparse = False
+    actor = Actor(model, dtype, critic, cfg.critic_target == "action-value")
+    if hasattr(critic, "score"):
+        actor.value_head.weight.data.copy_(critic.score.weight)  # a reward model's one row, for V or for every Q
+    # An embedding that is tied to the head adds a few rows to its gradient, instead of a second dense [V, H].
+    embedding = model.get_input_embeddings()
+    tied = embedding.weight is model.get_output_embeddings().weight
+    embedding.sparse = tied and device.type in ("cpu", "cuda")
+    if cfg.gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [module for module in actor.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise UsageError(f"--gradient-checkpointing: {type(model).__name__} has no layers for it; leave it out")
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return actor, ref
+
+
+@dataclass
+class Task:
+    """What is trained, on which prompts, and for which rewards."""
+    actor: Actor
+    ref: Actor  # the frozen initial policy
+    tokenizer: object
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    rewards: dict[str, Reward]  # by name
+    reward_weights: tuple[float, ...]  # of each in the score
+    stop_ids: list[int]
+
+    def score(self, prompts: list[Prompt], replies: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `ppo` asks for: scores [B], and what each reward function said, {name: [B]}."""
+        completions = []
+        for prompt, ids in zip(prompts, replies):
+            text = reply_text(self.tokenizer, prompt, ids)
+            is_text = isinstance(prompt.row["prompt"], str)
+            completions.append(text if is_text else [{"role": "assistant", "content": text}])
+        columns = {key: [prompt.row[key] for prompt in prompts] for key in prompts[0].row}
+        columns |= {"prompts": columns.pop("prompt"), "completions": completions, "completion_ids": replies}
+        parts = call_rewards(self.rewards, columns)
+        scores = sum(weight * part.nan_to_num() for weight, part in zip(self.reward_weights, parts.values()))
+        return scores, parts
+
+
+def pick_prompts(
+    cfg: Config,
+    tokenizer,
+    limit: float,
+    prompts: list | None,
+    eval_prompts: list | None,
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and held-out ones, from the arguments or the files. limit: tokens that the model takes."""
+    with in_one_line("the prompts"):
+        rows = [as_row(x) for x in prompts] if prompts else load_prompts(cfg.prompts)
+        held_out = [as_row(x) for x in eval_prompts or []]
+    if cfg.eval_prompts and not held_out:
+        held_out = load_prompts(cfg.eval_prompts)
+    if not held_out:
+        rows = random.Random(cfg.seed).sample(rows, len(rows))
+        share = min(64, len(rows) // 10)
+        held_out, rows = rows[:share], rows[share:]
+    encoded = encode(tokenizer, held_out + rows)
+    allowed = cfg.max_prompt_length or math.inf
+    kept_out = [prompt for prompt in encoded[: len(held_out)] if len(prompt.ids) <= allowed]
+    kept = [prompt for prompt in encoded[len(held_out) :] if len(prompt.ids) <= allowed]
+    if not kept:
+        raise UsageError(f"--max-prompt-length {allowed} leaves no prompt to train on")
+    dropped = len(encoded) - len(kept) - len(kept_out)
+    if dropped:
+        print(f"Dropped {dropped} of {len(encoded)} prompts, longer than --max-prompt-length {allowed}")
+    longest = max(len(prompt.ids) for prompt in kept + kept_out)
+    if longest + cfg.response_length > limit:
+        raise UsageError(
+            f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and prompts have up to "
+            f"{longest}; shorten the replies, or drop long prompts by --max-prompt-length"
+        )
+    return kept, kept_out
+
+
+def pick_stop_ids(cfg: Config, model: nn.Module, tokenizer) -> list[int]:
+    """The tokens that end a reply: EOS of the tokenizer and of the generation config, and --stop-token."""
+    eos = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    if cfg.stop_token is not None:
+        ids = tokenizer.encode(cfg.stop_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise UsageError(f"--stop-token {cfg.stop_token!r}: expected one token of this tokenizer, got {len(ids)}")
+        stop_ids.add(ids[0])
+    return sorted(stop_ids)
+
+
+def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Task:
+    """All that training needs, checked: what is wrong is told before anything is written."""
+    device, dtype = pick_device(cfg)
+    seed_everything(cfg.seed)
+    if model is None and cfg.model is None:
+        if cfg.prompts or cfg.eval_prompts or cfg.reward or cfg.reward_model or prompts or reward:
+            raise UsageError("prompts and rewards need a model: give --model too")
+        model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
+    else:
+        rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
+        if not (prompts or cfg.prompts) or not (rewards or cfg.reward_model):
+            raise UsageError(
+                "a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION, "
+                "or --reward-model NAME"
+            )
+        if tokenizer is None and cfg.model is None:
+            raise UsageError("a model needs its tokenizer: pass both")
+        model = load("ModelForCausalLM", cfg.model, "model", cfg) if model is None else model
+        tokenizer = load("Tokenizer", cfg.model, "model", cfg) if tokenizer is None else tokenizer
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    train_prompts, held_out = pick_prompts(cfg, tokenizer, limit, prompts, eval_prompts)
+    chat = any(not isinstance(prompt.row["prompt"], str) for prompt in train_prompts + held_out)
+    rewards += [load_reward_model(name, chat, device, dtype, cfg) for name in cfg.reward_model]
+    weights = (1.0,) * len(rewards) if cfg.reward_weights is None else cfg.reward_weights
+    if len(weights) != len(rewards):
+        raise UsageError(f"--reward-weights: expected {len(rewards)} of them, one a reward, got {len(weights)}")
+    names = [getattr(f, "__name__", type(f).__name__) for f in rewards]
+    names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    stop_ids = pick_stop_ids(cfg, model, tokenizer)
+    actor, ref = make_actors(cfg, model, tokenizer, device, dtype)
+    rewards = dict(zip(names, rewards))
+    return Task(actor, ref, tokenizer, train_prompts, held_out, rewards, tuple(weights), stop_ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. The folder of a run: logs, checkpoints, resume
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+MAY_CHANGE = "num_updates save_every micro_batch_size gradient_checkpointing device resume".split()  # on a resume
+
+
+def write_log(run: Path, board, metrics: dict[str, float], samples: list[dict]) -> None:
+    """Append a row of metrics and the samples to the logs. The system has them before the next update begins."""
+    for name, rows in zip(LOGS, ([metrics], samples)):
+        with in_one_line(f"cannot write to {run / name}", RunError), open(run / name, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    if board is not None:
+        for name, x in metrics.items():
+            board.add_scalar(name, x, metrics["update"])
+
+
+def tensorboard(run: Path, update: int):
+    """A writer of TensorBoard events where tensorboard is installed, else None."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run, purge_step=update + 1 if update else None)
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder: Path):
+    """Yields a temporary folder that becomes `folder` once all of it is on the disk; otherwise nothing changes."""
+    temporary = folder.with_name("unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with in_one_line(f"cannot write {folder}", RunError):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if hasattr(os, "sync"):
+                os.sync()
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("[0-9]*"))
+
+
+def how_to_resume(run: Path) -> str:
+    if not checkpoints(run):
+        return f"there is no checkpoint yet (see --save-every): python ppo_llm.py --resume {run} begins anew"
+    return f"to go on from {checkpoints(run)[-1]}: python ppo_llm.py --resume {run}"
+
+
+def save_policy(task: Task, folder: Path) -> None:
+    task.actor.lm.save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Write run/checkpoints/UPDATE whole or not at all, then drop all but the last two.
+
+    All that a resume needs is in state.pt. The policy beside it is for use: it loads like the final one.
+    """
+    folder = run / "checkpoints" / f"{state.update:06d}"
+    if not folder.exists():
+        with all_or_nothing(folder) as temporary:
+            save_policy(task, temporary / "policy")
+            content = {
+                "state": vars(state),
+                "actor": task.actor.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "logs": {name: (run / name).stat().st_size for name in LOGS},
+            }
+            torch.save(content, temporary / "state.pt")
+    for old in checkpoints(run)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_config(run: Path | str) -> tuple[Config, dict]:
+    """The settings of a run, and all of its config.json."""
+    with in_one_line(f"--resume {run}: expected the folder of a run of this ppo_llm.py"):
+        about = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+        settings = {name: tuple(x) if isinstance(x, list) else x for name, x in about["config"].items()}
+        return Config(**settings), about
+
+
+def fingerprint(task: Task) -> dict[str, str]:
+    """What must be the same on a resume, beside the settings: another model must not become the reference unnoticed."""
+    weights = [torch.hash_tensor(x.cpu()).item() for x in task.ref.lm.state_dict().values()]
+    prompts = [prompt.ids for prompt in task.prompts + task.held_out]
+    content = {"initial model": weights, "prompts": prompts}
+    return {name: hashlib.sha256(str(x).encode()).hexdigest() for name, x in content.items()}
+
+
+def begin(run: Path, cfg: Config, task: Task) -> State:
+    """Make the folder, with all that is needed to run it again in config.json."""
+    import transformers
+
+    about = {
+        "config": dataclasses.asdict(cfg),
+        "command": sys.argv,
+        "device": f"{task.actor.device}, {task.actor.dtype}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "sha256": fingerprint(task),
+    }
+    with in_one_line(f"cannot create {run}, give another --runs-dir or --name"):
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return State(cfg.kl_coef)
+
+
+def refuse_changes(run: Path, there: dict, here: dict) -> None:
+    """UsageError that names each setting, or the model or prompts, in which a resumed run would differ from before."""
+    changed = [
+        f"{name} was {there.get(name)} and is {x}"
+        for name, x in here.items()
+        if x != there.get(name) and name not in MAY_CHANGE
+    ]
+    if changed:
+        raise UsageError(f"--resume {run}: {'; '.join(changed)}; only {', '.join(MAY_CHANGE[:-1])} may change")
+
+
+def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer) -> State:
+    """The state of the run's last checkpoint, with the logs cut back to it; the beginning if it has none."""
+    before, about = read_config(run)
+    refuse_changes(run, dataclasses.asdict(before), dataclasses.asdict(cfg))
+    refuse_changes(run, about["sha256"], fingerprint(task))
+    state = State(cfg.kl_coef)
+    sizes = dict.fromkeys(LOGS, 0)
+    if checkpoints(run):
+        last = checkpoints(run)[-1]
+        with in_one_line(f"{last} is damaged or of another program; remove it to go on from what is before it"):
+            saved = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
+            task.actor.load_state_dict(saved["actor"])
+            optimizer.load_state_dict(saved["optimizer"])
+            state, sizes = State(**saved["state"]), saved["logs"]
+    if (run / "policy").exists() and (state.update == 0 or state.update >= cfg.num_updates):
+        needs = "to go on, it needs a larger --num-updates and a checkpoint (see --save-every)"
+        raise UsageError(f"--resume {run}: the run is complete; {needs}")
+    for name, size in sizes.items():
+        with open(run / name, "ab") as f:
+            if f.tell() < size:
+                raise UsageError(f"{run / name} is shorter than at the last checkpoint: put it back, or begin anew")
+            f.truncate(size)
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. The terminal
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def finish_on_signal():
+    """Yields a list. The first Ctrl-C or SIGTERM is appended to it, to end after this update; a second ends at once."""
+    asked = []
+
+    def ask(number: int, frame) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        name = signal.Signals(number).name
+        print(f"\n{name}: finishing the update in hand; once more to stop at once", file=sys.stderr)
+
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def progress(num_updates: int, done: int):
+    """A bar on a terminal, a line every half minute in a log."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=num_updates,
+        initial=done,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+    )
+
+
+def sparkline(ys: list[float], width: int = 40) -> str:
+    """The course of ys, a character each; where there are more than `width`, some are left out."""
+    ys = ys[:: math.ceil(len(ys) / width)]
+    low, high = min(ys), max(ys)
+    scale = 7 / (high - low or 1)
+    return "".join("▁▂▃▄▅▆▇█"[round(scale * (y - low))] for y in ys)
+
+
+def report(run: Path, seconds: dict[str, float], device: torch.device) -> None:
+    """What the terminal shows at the end, from the logs."""
+    width = min(120, shutil.get_terminal_size().columns)
+    metrics, samples = ([json.loads(row) for row in open(run / name, encoding="utf-8")] for name in LOGS)
+    before, *history, after = metrics
+    held_out = [row for row in samples if "held_out" in row]
+    half = len(held_out) // 2
+    if held_out:
+        print("\nHeld-out prompts, same seed:")
+    for old, new in zip(held_out[:half], held_out[half:]):
+        text = old["prompt"] if isinstance(old["prompt"], str) else str(old["prompt"][-1]["content"])
+        print(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
+        for label, row in (("before", old), ("after", new)):
+            reply = f"    {label:8}{row['reply'].strip()}"
+            print(textwrap.fill(reply, width, subsequent_indent=" " * 12))
+    if held_out:
+        print(f"\nHeld-out evaluation ({after['eval/replies']} replies)  {'before':>16}  {'after':>16}")
+    for name in after:
+        if f"{name}_se" in after:
+            cells = [f"{row[name]:.2f} ± {row[name + '_se']:.2f}" for row in (before, after)]
+            print(f"  {name.removeprefix('eval/'):32}  {cells[0]:>16}  {cells[1]:>16}")
+    print("\nLearning curves")
+    for label, name in (("score", "objective/scores"), ("KL, nats a reply", "objective/kl")):
+        ys = [row[name] for row in history]
+        print(f"  {label:18}{sparkline(ys)}  {ys[0]:.2f} → {ys[-1]:.2f}")
+    phases = ", ".join(f"{name} {x:.1f}" for name, x in seconds.items())
+    rollout = statistics.median(row["perf/rollout_tokens_per_second"] for row in history)
+    update = statistics.median(row["perf/update_tokens_per_second"] for row in history)
+    speed = f"Rollout {rollout:.0f} tokens/s, update {update:.0f} tokens/s"
+    if device.type == "cuda":
+        speed += f", peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
+    print()
+    for line in (f"Time {sum(seconds.values()):.1f} s: {phases}", speed):
+        print(textwrap.fill(line, width, subsequent_indent="  "))
+    print(f"\nLoad the policy   AutoModelForCausalLM.from_pretrained('{run}/policy')")
+    if importlib.util.find_spec("tensorboard"):
+        print(f"See the curves    tensorboard --logdir {run.parent}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12. Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sample_row(task: Task, update: int, prompt: Prompt, ids: list[int], score: float, kl: float) -> dict:
+    """A sample of `ppo` as a row of samples.jsonl."""
+    return {"update": update, **prompt.row, "reply": reply_text(task.tokenizer, prompt, ids), "score": score, "kl": kl}
+
+
+def evaluate_held_out(task: Task, cfg: Config, update: int) -> tuple[dict[str, float], list[dict]]:
+    """Replies to all held-out prompts, a batch at least, from the same seed each time: metrics and a few samples.
+
+    Each metric is a mean over replies and, under its name with _se, the standard error of that mean.
+    """
+    metrics = {"update": update}
+    if not task.held_out:
+        return metrics, []
+    seed_everything(cfg.seed)
+    prompts = task.held_out * max(1, cfg.batch_size // len(task.held_out))
+    rollout = sample_replies(task.actor, prompts, task.stop_ids, cfg)
+    replies = rollout.replies()
+    scores, parts = task.score(prompts, replies)
+    fill_logprobs_and_values(task.actor, task.ref, rollout, cfg)
+    kl = reply_kl(rollout)
+    metrics["eval/replies"] = len(prompts)
+    quantities = {"score": scores, "kl": kl} | {f"rewards/{name}": part for name, part in parts.items()}
+    for name, x in quantities.items():
+        x = x[~x.isnan()]
+        metrics[f"eval/{name}"] = float(x.mean())
+        variance = x.var(correction=0) / max(1, len(x) - 1)
+        metrics[f"eval/{name}_se"] = float(variance) ** 0.5
+    samples = list(zip(prompts, replies, scores.tolist(), kl.tolist()))
+    shown = samples[: min(4, len(task.held_out))]
+    return metrics, [sample_row(task, update, *sample) | {"held_out": True} for sample in shown]
+
+
+def add_speeds(metrics: dict[str, float], cfg: Config) -> None:
+    """Add tokens a second to the metrics of an update."""
+    replied = metrics["reply/length"] * cfg.batch_size  # tokens
+    trained = replied + metrics["prompt/length"] * cfg.batch_size
+    epochs = metrics["policy/steps"] / cfg.num_mini_batches
+    seconds = sum(x for name, x in metrics.items() if name.startswith("time/"))
+    metrics["perf/tokens_per_second"] = replied / seconds
+    metrics["perf/rollout_tokens_per_second"] = replied / metrics["time/generate"]
+    metrics["perf/update_tokens_per_second"] = epochs * trained / metrics["time/update"]
+
+
+def train(
+    cfg: Config,
+    prompts: list | None = None,
+    reward: Reward | list[Reward] | None = None,
+    model: nn.Module | None = None,
+    tokenizer=None,
+    eval_prompts: list | None = None,
+) -> Path:
+    """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(Config(**DEMO)).
+
+    prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
+    f(prompts, completions, **columns) -> list of floats. model, tokenizer: of transformers; this model is trained.
+    Raises UsageError, before anything is written, for what cannot be; RunError for what stops a run that has begun;
+    KeyboardInterrupt, with the run saved, after the update in which Ctrl-C or SIGTERM came.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # one progress bar, ours
+    logging.disable_progress_bar()
+    cfg.check()
+    subject = "demo" if model is None else type(model).__name__
+    if cfg.model is not None:
+        subject = Path(cfg.model).name
+    name = cfg.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{subject}"
+    run = Path(cfg.resume or Path(cfg.runs_dir, name))
+    if run.exists() and not cfg.resume:
+        raise UsageError(f"{run} exists and is not overwritten: give another --name, or go on with --resume {run}")
+    work = f"{cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens"
+    print(f"PPO on {subject}: {work}, written to {run}", flush=True)
+    started = time.perf_counter()
+    task = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
+    critic = [p for name, p in task.actor.named_parameters() if not name.startswith("lm.")]
+    groups = [{"params": task.actor.lm.parameters()}, {"params": critic}]
+    fused = task.actor.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=fused)
+    state = resume(run, cfg, task, optimizer) if cfg.resume else begin(run, cfg, task)
+    board = tensorboard(run, state.update)
+    seconds = defaultdict(float, setup=time.perf_counter() - started)
+    try:
+        with finish_on_signal() as asked, progress(cfg.num_updates, state.update) as bar:
+            if state.update == 0:
+                bar.set_postfix_str("held-out prompts, before")
+                write_log(run, board, *evaluate_held_out(task, cfg, 0))
+            updates = ppo(task.actor, task.ref, optimizer, task.prompts, task.score, task.stop_ids, cfg, state)
+            for metrics, samples in updates:
+                add_speeds(metrics, cfg)
+                write_log(run, board, metrics, [sample_row(task, state.update, *sample) for sample in samples])
+                for name in ("generate", "reward", "evaluate", "update"):
+                    seconds[name] += metrics[f"time/{name}"]
+                score, kl = metrics["objective/scores"], metrics["objective/kl"]
+                speed = metrics["perf/tokens_per_second"]
+                bar.set_postfix_str(f"score {score:.2f}, KL {kl:.1f}, {speed:.0f} tokens/s", refresh=False)
+                bar.update()
+                if state.skipped >= 3:
+                    steps = f"{state.skipped} optimizer steps in a row, up to update {state.update}"
+                    raise RunError(f"loss or gradient were not finite in {steps}, with a mean score of {score:.3g}")
+                due = cfg.save_every and (state.update % cfg.save_every == 0 or state.update == cfg.num_updates)
+                if due or asked:
+                    save_checkpoint(run, task, optimizer, state)
+                if asked:
+                    bar.close()
+                    name = signal.Signals(asked[0]).name
+                    print(f"Stopped by {name} after update {state.update}; {how_to_resume(run)}")
+                    raise KeyboardInterrupt(*asked)
+            write_log(run, board, *evaluate_held_out(task, cfg, state.update))
+            with all_or_nothing(run / "policy") as folder:
+                save_policy(task, folder)
+    except (RunError, FloatingPointError) as e:
+        if isinstance(e, RewardError) and state.update > 0:
+            save_checkpoint(run, task, optimizer, state)
+        raise RunError(f"{e}; {how_to_resume(run)}") from e
+    seconds["the rest"] = time.perf_counter() - started - sum(seconds.values())
+    report(run, seconds, task.actor.device)
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 13. The demo: delete it, and a trainer is left
+# ----------------------------------------------------------------------------------------------------------------------
 
 GOOD = "superb moving charming funny clever".split()
 BAD = "dull clumsy boring weak bland".split()
@@ -788,8 +1789,17 @@ ADVERBS = "rather very".split()
 LINKS = "and but".split()
 CLAUSE = f"the ({'|'.join(NOUNS)}) ({'|'.join(VERBS)})( ({'|'.join(ADVERBS)}))? ({'|'.join(GOOD + BAD)})"
 REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
-DEMO = dict(num_updates=20, response_length=24, missing_eos_penalty=3.0, kl_coef=0.3, learning_rate=1e-3, target_kl=0.05,
-            lr_scheduler_type="linear", warmup_updates=3, reward_weights=(1.0, 0.0))
+DEMO = dict(
+    num_updates=20,
+    response_length=24,
+    missing_eos_penalty=3.0,
+    kl_coef=0.3,
+    learning_rate=1e-3,
+    target_kl=0.05,
+    lr_scheduler_type="linear",
+    warmup_updates=3,
+    reward_weights=(1.0, 0.0),
+)
 
 
 def sentiment(prompts: list[str], completions: list[str], **columns) -> list[float]:
@@ -803,7 +1813,7 @@ def fluency(prompts: list[str], completions: list[str], **columns) -> list[float
 
 
 def demo_task(seed: int, steps: int = 160):
-    """A small Llama trained on film reviews from the grammar: (model, tokenizer, prompts, held-out prompts, rewards)."""
+    """A small Llama, trained on film reviews from the grammar: model, tokenizer, prompts, held-out prompts, rewards."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -813,11 +1823,20 @@ def demo_task(seed: int, steps: int = 160):
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    lm = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=128, initializer_range=0.05, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2))
-
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    lm = LlamaForCausalLM(config)
     rng = random.Random(seed)
 
     def clause() -> str:
@@ -842,836 +1861,28 @@ def demo_task(seed: int, steps: int = 160):
 
     openings = [f"the {noun}" for noun in NOUNS]
     openings += [f"{opening} {verb}" for opening in openings for verb in VERBS]
-    openings += [f"{opening} {adverb}" for opening in openings[len(NOUNS):] for adverb in ADVERBS]
+    openings += [f"{opening} {adverb}" for opening in openings[len(NOUNS) :] for adverb in ADVERBS]
     random.Random(0).shuffle(openings)
-    rows = [{"prompt": prompt} for prompt in openings]
-    return lm, tokenizer, rows[16:], rows[:16], [sentiment, fluency]
+    return lm, tokenizer, openings[16:], openings[:16], [sentiment, fluency]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. The configuration
+# 14. The command line
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    """PPO for language models in one file.
-
-    Without --model, runs the embedded demo, with settings of its own.
-
-    Names are those of TRL's PPOConfig where the thing is the same.
-
-    An "update" is one batch of replies and the PPO epochs on it.
-    """
-    # The task.
-    model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
-    prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and reward columns; None: the demo's
-    eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION or MODULE:FUNCTION: f(prompts, completions, **columns) -> list of floats
-    reward_model: tuple[str, ...] = ()  # hub names or folders of sequence-classification models that score prompt and reply
-    reward_label: str | None = None  # the label that scores, of a reward model with several; None: it has one
-    reward_weights: tuple[float, ...] | None = None  # of --reward, then --reward-model, in the score; 0 measures; None: all 1
-    max_prompt_length: int | None = None  # prompts of more tokens are dropped, and counted; None: all must fit the model
-    trust_remote_code: bool = False  # let models and tokenizers run code that comes with them
-
-    # Where and how it runs.
-    name: str | None = None  # the run is written to RUNS_DIR/NAME; None: time and task
-    runs_dir: str = "runs"  # folder of the runs
-    save_every: int | None = None  # updates between checkpoints; None: only when interrupted or when a reward fails
-    resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
-    seed: int = 1  # of everything: same seed, same run
-    device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, weights stay float32; auto: bfloat16 on CUDA
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32: high is TF32 (CUDA), medium oneDNN (CPU)
-    gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one more forward pass
-    profile: bool = False  # at the end, compare the update with the matrix products that this machine reaches
-
-    # Rollout.
-    num_updates: int = 100  # updates in all
-    batch_size: int = 128  # replies an update, B
-    samples_per_prompt: int = 1  # replies to each prompt of an update
-    response_length: int = 64  # longest reply, in tokens, T
-    temperature: float = 1.0  # of the policy, in sampling and in every log-probability
-    stop_token: str | None = None  # one more token that ends a reply; None: the model's EOS tokens only
-    missing_eos_penalty: float | None = None  # taken from the score of a reply without a stop token; None: nothing is
-    score_clip: float | None = None  # scores are clipped to ± this, after scaling; None: off
-    use_score_scaling: bool = False  # divide scores by the standard deviation of all scores so far
-
-    # KL penalty (Ziegler et al. 2019).
-    kl_coef: float = 0.05  # β, weight of the KL to the initial model, score units per nat
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = d, k2 = d²/2, k3 = e^-d - 1 + d, where d = log π - log π_ref
-    kl_in: Literal["reward", "loss"] = "reward"  # where β·KL goes: off the reward of each token, or into the loss
-    kl_target: float | None = None  # KL, nats a reply, that an adaptive β aims at; None: β is fixed
-    kl_horizon: float = 10000.0  # episodes over which the adaptive β moves by about a fifth
-
-    # Advantages.
-    gamma: float = 1.0  # γ, discount per token, in [0, 1]
-    lam: float = 0.95  # λ of GAE, in [0, 1]: 0 trusts the critic, 1 the returns
-    critic_lam: float | None = None  # λ of the critic's targets (VC-PPO); None: the same λ
-    whiten_rewards: bool = False  # scale token rewards to variance 1, keeping their mean
-    whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the whole batch
-    bootstrap_truncated: bool = False  # a reply cut off by its length counts V after it, instead of 0
-
-    # Critic.
-    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's trunk, or a trunk of its own too
-    critic_model: str | None = None  # where a separate critic starts, a reward model's head included; None: the policy
-    critic_lr: float | None = None  # learning rate of what only the critic uses; None: the policy's
-    critic_target: Literal["value", "action-value"] = "value"  # V(s), or Q(s, ·) with Σ π·Q as the baseline
-
-    # Update.
-    num_ppo_epochs: int = 4  # passes over each batch
-    num_mini_batches: int = 4  # optimizer steps a pass
-    micro_batch_size: int | None = None  # replies in memory at a time; changes no gradient; None: the whole minibatch
-    learning_rate: float = 1e-5  # of AdamW, at its highest
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay over the updates, to 0
-    warmup_updates: int = 0  # updates of linear learning-rate warm-up
-    max_grad_norm: float | None = 1.0  # gradient clipping; None: off
-    cliprange: float = 0.2  # ε of the ratio
-    cliprange_high: float | None = None  # upper ε, if larger (clip-higher, DAPO); None: the same ε
-    dual_clip: float | None = None  # c > 1, bound on the loss of negative advantages (arXiv 1912.09729); None: off
-    cliprange_value: float | None = 0.2  # ε of the value clip; None: off
-    vf_coef: float = 0.1  # c1, weight of the value loss
-    ent_coef: float = 0.0  # c2, weight of the entropy bonus
-    loss_aggregation: Literal["token", "sequence"] = "token"  # each token, or each reply, weighs the same in a step
-    target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
-    critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
-
-    @property
-    def rows_at_once(self) -> int:  # replies in memory at a time
-        return self.micro_batch_size or self.batch_size // self.num_mini_batches
-
-    def check(self) -> None:
-        """Raise UsageError for the first setting that cannot be."""
-        def need(expected: str, ok: Callable[[float], bool], *flags: str) -> None:
-            for flag in flags:
-                x = getattr(self, flag)
-                if x is not None and not ok(x):
-                    raise UsageError(f"--{flag.replace('_', '-')} {x}: expected {expected}")
-
-        need("1 or more", lambda x: x >= 1, "num_updates", "batch_size", "response_length", "num_ppo_epochs",
-             "num_mini_batches", "micro_batch_size", "samples_per_prompt", "max_prompt_length", "save_every")
-        need("0 or more", lambda x: 0 <= x < math.inf, "seed", "kl_coef", "vf_coef", "ent_coef", "missing_eos_penalty",
-             "warmup_updates", "critic_warmup_updates")
-        need("a number above 0", lambda x: 0 < x < math.inf, "temperature", "learning_rate", "kl_target", "kl_horizon",
-             "max_grad_norm", "cliprange_high", "cliprange_value", "target_kl", "critic_lr", "score_clip")
-        need("a number in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam", "critic_lam")
-        need("a number between 0 and 1", lambda x: 0 < x < 1, "cliprange")
-        need(f"at least --batch-size {self.batch_size}", lambda x: x >= self.batch_size, "kl_horizon")
-        need("a number above 1", lambda x: 1 < x < math.inf, "dual_clip")
-        need(f"a divisor of --batch-size {self.batch_size}", lambda x: self.batch_size % x == 0, "num_mini_batches",
-             "samples_per_prompt")
-        need("letters, digits and ._+- only", lambda x: re.fullmatch(r"[\w.+-]+", x), "name")
-        need("a file that exists", lambda x: Path(x).is_file(), "prompts", "eval_prompts")
-        if self.kl_target is not None:
-            need("a number above 0 to start from, with --kl-target", lambda x: x > 0, "kl_coef")
-        if self.kl_in == "loss":
-            need("k2 or k3, with --kl-in loss: as a loss k1 has no gradient on average", lambda x: x != "k1", "kl_estimator")
-        if self.critic_model is not None:
-            need("separate, with --critic-model", lambda x: x == "separate", "critic")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Task:
-    """What is trained, on which prompts, and on what judgement."""
-    actor: Actor
-    ref: Actor  # the frozen initial policy
-    tokenizer: object
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    rewards: dict[str, Reward]  # by name
-    weights: tuple[float, ...]  # of each reward in the score
-    stop_ids: list[int]
-
-
-@dataclass
-class State:
-    """Where a run stands: what a checkpoint holds beside weights and optimizer. No generator's state: see `reseed`."""
-    kl_coef: float
-    update: int = 0  # finished updates, so also the learning-rate schedule and the data cursor
-    moments: tuple[float, float, float] = (0, 0.0, 0.0)  # of all scores, see `update_moments`
-    skipped: int = 0  # optimizer steps in a row that were not finite, counted in whole updates
-    before: tuple[dict[str, Tensor], list[str]] = ()  # the evaluation before training
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], name: str):
-    start = time.perf_counter()
-    yield
-    seconds[name] += time.perf_counter() - start
-
-
-def collect(task: Task, prompts: list[Prompt], cfg: Config,
-            seconds: dict[str, float]) -> tuple[Rollout, Tensor, dict[str, Tensor], list[str]]:
-    """Steps 1 to 3 of an update: (rollout, scores [B], what each reward said {name: [B]}, replies)."""
-    with timed(seconds, "generate"):
-        queries, query_mask = left_pad([prompt.ids for prompt in prompts])
-        with task.actor.autocast():  # around the whole loop, so that weights are cast once
-            parts = [generate(task.actor, *rows, cfg.response_length, cfg.temperature, task.stop_ids)
-                     for rows in zip(*(x.split(8 * cfg.rows_at_once) for x in (queries, query_mask)))]
-        rollout = Rollout(*(torch.cat([vars(part)[name] for part in parts]) for name in list(vars(parts[0]))[:6]))
-    if not rollout.sampler_logprobs.isfinite().all():
-        raise RunError("the policy's probabilities are not finite: it has diverged; lower --learning-rate")
-    with timed(seconds, "reward"):
-        rows = [prompt.row for prompt in prompts]
-        ids = [response[mask].tolist() for response, mask in zip(rollout.responses, rollout.mask)]
-        replies = [reply_text(task.tokenizer, prompt, tokens) for prompt, tokens in zip(prompts, ids)]
-        completions = [reply if isinstance(row["prompt"], str) else [{"role": "assistant", "content": reply}]
-                       for row, reply in zip(rows, replies)]
-        judged = judge(task.rewards, rows, completions, ids)
-        scores = sum(weight * judged[name].nan_to_num() for weight, name in zip(task.weights, judged))
-    with timed(seconds, "evaluate"):
-        evaluate(task.actor, task.ref, rollout, cfg.temperature, cfg.rows_at_once)
-    return rollout, scores, judged, replies
-
-
-def evaluate_held_out(task: Task, cfg: Config) -> tuple[dict[str, Tensor], list[str]]:
-    """Replies to all held-out prompts, a batch at least, from the same seed each time: ({quantity: [n]}, replies)."""
-    if not task.held_out:
-        return {}, []
-    reseed(cfg.seed)
-    prompts = task.held_out * max(1, cfg.batch_size // len(task.held_out))
-    found, replies = defaultdict(list), []
-    for i in range(0, len(prompts), cfg.batch_size):
-        rollout, scores, judged, texts = collect(task, prompts[i:i + cfg.batch_size], cfg, defaultdict(float))
-        replies += texts
-        for name, x in {"score": scores, "kl": reply_kl(rollout), **{f"rewards/{k}": v for k, v in judged.items()}}.items():
-            found[name].append(x)
-    return {name: torch.cat(xs) for name, xs in found.items()}, replies
-
-
-def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
-    """Σ_t (log π - log π_ref) of each reply: k1, in nats. Of a single reply it may be negative, on average it is not."""
-    return torch.where(rollout.mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(1)
-
-
-def rollout_metrics(rollout: Rollout, scores: Tensor, judged: dict[str, Tensor], kl_coef: float) -> dict[str, float]:
-    """What the replies of an update were like: means over replies, or over valid tokens where the thing is a token's."""
-    mask, kl = rollout.mask, reply_kl(rollout)
-    error, spread = (masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-                     for x in (rollout.returns - rollout.predictions, rollout.returns))
-    metrics = {
-        "objective/scores": scores.mean(), "objective/scores_std": scores.std(correction=0), "objective/kl": kl.mean(),
-        "objective/non_score_reward": -kl_coef * kl.mean(), "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
-        **{f"rewards/{name}": masked_mean(part, ~part.isnan()) for name, part in judged.items()},
-        "reply/length": mask.sum(1).float().mean(), "reply/ended": rollout.ended.float().mean(),
-        "policy/entropy": masked_mean(rollout.entropy, mask),
-        "policy/sampler_gap": masked_mean((rollout.logprobs - rollout.sampler_logprobs).abs(), mask),
-        "val/mean": masked_mean(rollout.values, mask), "val/explained_variance": 1 - error / spread.clamp(min=1e-8)}
-    return {name: float(x) for name, x in metrics.items()}
-
-
-def schedule(update: int, cfg: Config) -> float:
-    """Share of the learning rate in update `update`, counted from 0: linear warm-up, then the decay."""
-    done = update / cfg.num_updates
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_scheduler_type]
-    return decay * min(1.0, (update + 1) / (cfg.warmup_updates + 1))
-
-
-def draw(prompts: list, start: int, count: int, seed: int) -> list:
-    """`count` prompts from position `start` of an endless stream that passes over them in a new order each time."""
-    epochs = range(start // len(prompts), (start + count - 1) // len(prompts) + 1)
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(prompts, len(prompts)) for epoch in epochs}
-    return [orders[i // len(prompts)][i % len(prompts)] for i in range(start, start + count)]
-
-
-def reseed(*parts: int) -> None:
-    """Seed Python, NumPy and torch from (seed, update), so that a resume needs no state of any generator."""
-    from transformers import set_seed
-
-    set_seed(random.Random(" ".join(map(str, parts))).getrandbits(32))
-
-
-def keep_freed_memory() -> None:
-    """Stop glibc from giving freed tensors back to the system, or the next ones cost their page faults again.
-
-    They were a third of GPT-2's PPO epochs in bfloat16. It holds for the whole process; without glibc nothing is done.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps up to 2 GB that are free
-
-
-def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
-    """Where to compute, and the type of matrix products. Sets how the process multiplies in float32 and keeps memory."""
-    try:
-        best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        device = best if cfg.device == "auto" else torch.device(cfg.device)
-        torch.empty(0, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # pinned memory and synchronize() go by the current device
-    except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {cfg.device}: expected a device that torch has here, such as cpu") from None
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device, getattr(torch, dtype)
-
-
-def pick_prompts(cfg: Config, tokenizer, limit: float, prompts: list | None,
-                 eval_prompts: list | None) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and held-out ones, from the arguments or the files, tokenized. limit: the model's, in tokens."""
-    rows, held_out = ([as_row(x) for x in given] if given else load_prompts(path) if path else []
-                      for given, path in ((prompts, cfg.prompts), (eval_prompts, cfg.eval_prompts)))
-    if not held_out:
-        rows = random.Random(cfg.seed).sample(rows, len(rows))
-        share = min(64, len(rows) // 10)
-        held_out, rows = rows[:share], rows[share:]
-    encoded = encode(tokenizer, held_out + rows)
-    longest = min(max(len(prompt.ids) for prompt in encoded), cfg.max_prompt_length or math.inf)
-    if longest + cfg.response_length > limit:
-        raise UsageError(f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and prompts have up "
-                         f"to {longest}; shorten the replies, or drop long prompts by --max-prompt-length")
-    kept = [[prompt for prompt in part if len(prompt.ids) <= (cfg.max_prompt_length or math.inf)]
-            for part in (encoded[len(held_out):], encoded[:len(held_out)])]
-    dropped = len(encoded) - sum(map(len, kept))
-    if not kept[0]:
-        raise UsageError(f"--max-prompt-length {cfg.max_prompt_length} leaves no prompt to train on: the shortest has "
-                         f"{min(len(prompt.ids) for prompt in encoded)} tokens")
-    if dropped:
-        print(f"Dropped {dropped} of {len(encoded)} prompts, longer than --max-prompt-length {cfg.max_prompt_length}")
-    return tuple(kept)
-
-
-def make_actors(cfg: Config, model: nn.Module, tokenizer, device: torch.device,
-                dtype: torch.dtype) -> tuple[Actor, Actor]:
-    """The policy with its critic, and the frozen reference."""
-    critic = None
-    if cfg.critic == "separate" and cfg.critic_model is None:
-        critic = copy.deepcopy(model)
-    elif cfg.critic == "separate":
-        names = load("Config", cfg.critic_model, "critic-model", cfg).architectures or [""]
-        classifier = names[0].endswith("ForSequenceClassification")
-        kind = "ModelForSequenceClassification" if classifier else "ModelForCausalLM"
-        critic = load(kind, cfg.critic_model, "critic-model", cfg)
-        if classifier and getattr(getattr(critic, "score", None), "out_features", None) != 1:
-            raise UsageError(f"--critic-model {cfg.critic_model}: expected a decoder with a score head of one label")
-        if load("Tokenizer", cfg.critic_model, "critic-model", cfg).get_vocab() != tokenizer.get_vocab():
-            raise UsageError(f"--critic-model {cfg.critic_model}: its vocabulary is not the policy's, whose tokens it reads")
-    try:
-        ref = Actor(copy.deepcopy(model).to(device), dtype).requires_grad_(False)
-        actor = Actor(model.to(device), dtype, critic and critic.to(device), cfg.critic_target == "action-value")
-    except ValueError as e:
-        raise UsageError(str(e)) from None
-    if cfg.gradient_checkpointing:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = [module for module in actor.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not layers:
-            raise UsageError(f"--gradient-checkpointing: {type(model).__name__} has no layers to recompute; leave it out")
-        for layer in layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    return actor, ref
-
-
-def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Task:
-    """All that training needs, checked: what is wrong is told before anything is written."""
-    device, dtype = pick_device(cfg)
-    reseed(cfg.seed)
-    if model is None and cfg.model is None:
-        if cfg.prompts or cfg.eval_prompts or cfg.reward or cfg.reward_model or prompts or reward:
-            raise UsageError("prompts and rewards need a model: give --model too")
-        model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
-    else:
-        rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
-        if not (prompts or cfg.prompts) or not (rewards or cfg.reward_model):
-            raise UsageError("a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION, "
-                             "or --reward-model NAME")
-        if tokenizer is None and cfg.model is None:
-            raise UsageError("a model needs its tokenizer: pass both")
-        model = load("ModelForCausalLM", cfg.model, "model", cfg) if model is None else model
-        tokenizer = load("Tokenizer", cfg.model, "model", cfg) if tokenizer is None else tokenizer
-    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
-        model.float()  # half-precision weights would lose most of AdamW's small steps
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    rows, held_out = pick_prompts(cfg, tokenizer, limit, prompts, eval_prompts)
-    chat = any(not isinstance(prompt.row["prompt"], str) for prompt in rows + held_out)
-    rewards += [load_reward_model(name, chat, device, dtype, cfg) for name in cfg.reward_model]
-    weights = (1.0,) * len(rewards) if cfg.reward_weights is None else cfg.reward_weights
-    if len(weights) != len(rewards):
-        raise UsageError(f"--reward-weights: expected {len(rewards)} of them, one a reward, got {len(weights)}")
-    names = [getattr(f, "__name__", type(f).__name__) for f in rewards]
-    named = {f"{name}_{i}" if names.count(name) > 1 else name: f for i, (name, f) in enumerate(zip(names, rewards))}
-
-    eos = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    if cfg.stop_token is not None:
-        ids = tokenizer.encode(cfg.stop_token, add_special_tokens=False)
-        if len(ids) != 1:
-            raise UsageError(f"--stop-token {cfg.stop_token!r}: expected one token of this tokenizer, got {len(ids)}")
-        stop_ids.add(ids[0])
-    actor, ref = make_actors(cfg, model, tokenizer, device, dtype)
-    return Task(actor, ref, tokenizer, rows, held_out, named, tuple(weights), sorted(stop_ids))
-
-
-@contextlib.contextmanager
-def finish_on_signal():
-    """Yields a list that the first Ctrl-C or SIGTERM is appended to: finish the update in hand. A second stops at once."""
-    asked = []
-
-    def ask(number: int, frame) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print(f"\n{signal.Signals(number).name}: finishing the update in hand; once more to stop at once", file=sys.stderr)
-
-    old = {}
-    if threading.current_thread() is threading.main_thread():
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def one_update(task: Task, optimizer: torch.optim.Optimizer, state: State,
-               cfg: Config) -> tuple[dict[str, float], list[dict]]:
-    """Steps 1 to 5 of the algorithm, and the state after them: (metrics, a few samples)."""
-    reseed(cfg.seed, state.update)
-    seconds = defaultdict(float)
-    count = cfg.batch_size // cfg.samples_per_prompt
-    prompts = draw(task.prompts, state.update * count, count, cfg.seed)
-    prompts = [prompt for prompt in prompts for _ in range(cfg.samples_per_prompt)]
-    rollout, scores, judged, replies = collect(task, prompts, cfg, seconds)
-    moments, shaped = state.moments, scores
-    if cfg.use_score_scaling:
-        moments = update_moments(moments, scores)
-        shaped = shaped / ((moments[2] / moments[0]) ** 0.5 or 1.0)
-    if cfg.score_clip is not None:
-        shaped = shaped.clamp(-cfg.score_clip, cfg.score_clip)
-    credit(rollout, shaped, state.kl_coef, cfg)
-    for group, rate in zip(optimizer.param_groups, (cfg.learning_rate, cfg.critic_lr or cfg.learning_rate)):
-        group["lr"] = rate * schedule(state.update, cfg)
-    with timed(seconds, "update"):
-        critic_only = state.update < cfg.critic_warmup_updates
-        stats = ppo_update(task.actor, optimizer, rollout, state.kl_coef, cfg, critic_only)
-    epochs = stats["policy/steps"] / cfg.num_mini_batches
-    metrics = {"update": state.update + 1, "episode": (state.update + 1) * cfg.batch_size,
-               "lr": optimizer.param_groups[0]["lr"], "kl_coef": state.kl_coef,
-               **rollout_metrics(rollout, scores, judged, state.kl_coef), **stats,
-               "perf/tokens_per_second": int(rollout.mask.sum()) / sum(seconds.values()),
-               "perf/rollout_tokens_per_second": int(rollout.mask.sum()) / seconds["generate"],
-               "perf/update_tokens_per_second": epochs * int(rollout.query_mask.sum() + rollout.mask.sum()) / seconds["update"],
-               "perf/update_flops_per_second": epochs * flops(task.actor, rollout, critic_only) / seconds["update"],
-               **{f"time/{name}": x for name, x in seconds.items()}}
-    samples = [{"update": state.update + 1, **prompt.row, "reply": reply, "score": float(score), "kl": float(kl)}
-               for prompt, reply, score, kl in zip(prompts[:4], replies, scores, reply_kl(rollout))]
-
-    state.update, state.moments = state.update + 1, moments
-    state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
-    if cfg.kl_target is not None:
-        kl = metrics["objective/kl"]
-        state.kl_coef = adaptive_kl_coef(state.kl_coef, kl, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
-    return metrics, samples
-
-
-def train(cfg: Config, prompts: list | None = None, reward: Reward | list[Reward] | None = None,
-          model: nn.Module | None = None, tokenizer=None, eval_prompts: list | None = None) -> Path:
-    """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(Config(**DEMO)).
-
-    prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
-    f(prompts, completions, **columns) -> list of floats. model, tokenizer: of transformers; the model is trained in place.
-    Raises UsageError, before anything is written, for what cannot be; RunError for what stops a run that has begun;
-    KeyboardInterrupt, with the run saved, after the update in which Ctrl-C or SIGTERM came.
-    """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # one progress bar, ours
-    logging.disable_progress_bar()
-    seconds = defaultdict(float)
-    cfg.check()
-    kind = Path(cfg.model).name if cfg.model else "demo" if model is None else type(model).__name__
-    run = Path(cfg.resume or Path(cfg.runs_dir) / (cfg.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}"))
-    if cfg.resume:
-        refuse_changes(run, dataclasses.asdict(read_config(run)[0]), dataclasses.asdict(cfg))
-    elif run.exists():
-        raise UsageError(f"{run} exists and is not overwritten: give another --name, or go on with it by --resume {run}")
-    print(f"PPO on {kind}: {cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens, "
-          f"written to {run}", flush=True)
-    with timed(seconds, "setup"):
-        task = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
-        critic = [p for name, p in task.actor.named_parameters() if not name.startswith("lm.")]
-        optimizer = torch.optim.AdamW([{"params": task.actor.lm.parameters()}, {"params": critic}], eps=1e-5,
-                                      weight_decay=0.0, fused=task.actor.device.type in ("cpu", "cuda"))
-        state = resume(run, cfg, task, optimizer) if cfg.resume else start(run, cfg, task)
-    board = tensorboard(run, state.update)
-    try:
-        with finish_on_signal() as asked, progress(cfg.num_updates, state.update) as bar:
-            if not state.before:
-                bar.set_postfix_str("held-out prompts, before")
-                with timed(seconds, "held-out"):
-                    state.before = evaluate_held_out(task, cfg)
-                record(run, board, {"update": 0} | eval_metrics(state.before[0]))
-            while state.update < cfg.num_updates and not asked:
-                metrics, samples = one_update(task, optimizer, state, cfg)
-                record(run, board, metrics, samples)
-                for name in ("generate", "reward", "evaluate", "update"):
-                    seconds[name] += metrics[f"time/{name}"]
-                bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}, "
-                                    f"{metrics['perf/tokens_per_second']:.0f} tokens/s", refresh=False)
-                bar.update()
-                if state.skipped >= 3:
-                    raise RunError(f"the loss or the gradient was not finite in {state.skipped} optimizer steps in a row, up "
-                                   f"to update {state.update}, with scores of {metrics['objective/scores']:.3g} on average")
-                if cfg.save_every and (state.update % cfg.save_every == 0 or state.update == cfg.num_updates):
-                    with timed(seconds, "save"):
-                        save_checkpoint(run, task, optimizer, state)
-            if not asked:
-                with timed(seconds, "held-out"):
-                    after = evaluate_held_out(task, cfg)
-            if asked:
-                save_checkpoint(run, task, optimizer, state)
-                bar.close()
-                print(f"Stopped by {signal.Signals(asked[0]).name} after update {state.update}; {way_on(run)}")
-                raise KeyboardInterrupt(*asked)
-            record(run, board, {"update": state.update} | eval_metrics(after[0]))
-            with whole(run / "policy") as folder:
-                task.actor.lm.save_pretrained(folder)
-                task.tokenizer.save_pretrained(folder)
-    except RunError as e:
-        if isinstance(e, RewardError) and state.before:
-            save_checkpoint(run, task, optimizer, state)
-        raise RunError(f"{e}; {way_on(run)}") from e
-    history = [row for row in map(json.loads, open(run / "metrics.jsonl", encoding="utf-8")) if "objective/scores" in row]
-    write_curves(run / "curves.svg", history)
-    report(run, task.held_out, state.before, after, history, seconds, performance(task.actor, history, cfg))
-    return run
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. What a run leaves, and the command line
-# ----------------------------------------------------------------------------------------------------------------------
-
-LOGS = ("metrics.jsonl", "samples.jsonl")
-MAY_CHANGE = ("num_updates", "save_every", "micro_batch_size", "gradient_checkpointing", "device", "profile",
-              "resume")  # on a resume
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk, where the system lets us."""
-    if os.name == "posix":
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-@contextlib.contextmanager
-def whole(folder: Path):
-    """Yields a temporary folder that becomes `folder` once all of it is on the disk; otherwise nothing changes."""
-    temporary = folder.with_name("unfinished")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        sync(folder.parent)
-    except Exception as e:  # OSError, and what safetensors and torch make of it
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write {folder}: {first_line(e)}") from e
-
-
-def checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("[0-9]*"))
-
-
-def way_on(run: Path) -> str:
-    """How to resume, in words."""
-    if not checkpoints(run):
-        return f"there is no checkpoint yet (see --save-every): python ppo_llm.py --resume {run} begins anew"
-    return f"to go on from {checkpoints(run)[-1]}: python ppo_llm.py --resume {run}"
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Tells other weights, or damaged ones."""
-    hashes = [(name, torch.hash_tensor(x.cpu()).item()) for name, x in sorted(tensors.items())]
-    return hashlib.sha256(str(hashes).encode()).hexdigest()
-
-
-def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Write run/checkpoints/UPDATE whole or not at all, then drop all but the last two."""
-    from safetensors.torch import save_file
-
-    folder = run / "checkpoints" / f"{state.update:06d}"
-    if not folder.exists():
-        with whole(folder) as temporary:
-            for name in LOGS:
-                sync(run / name)
-            weights = task.actor.state_dict()
-            critic = {name: x.contiguous() for name, x in weights.items() if not name.startswith("lm.")}
-            save_file(critic, temporary / "critic.safetensors")
-            task.actor.lm.save_pretrained(temporary / "policy")
-            task.tokenizer.save_pretrained(temporary / "policy")
-            torch.save({"state": vars(state), "optimizer": optimizer.state_dict(), "digest": digest(weights),
-                        "logs": {name: (run / name).stat().st_size for name in LOGS}}, temporary / "state.pt")
-    for old in checkpoints(run)[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def read_config(run: Path | str) -> tuple[Config, dict]:
-    """The settings of a run, and all of its config.json."""
-    try:
-        about = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-        return Config(**{name: tuple(x) if isinstance(x, list) else x for name, x in about["config"].items()}), about
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"--resume {run}: expected the folder of a run of this ppo_llm.py ({type(e).__name__}: {e})") from None
-
-
-def identity(task: Task) -> dict[str, str]:
-    """What must be the same on a resume, beside the settings."""
-    prompts = hashlib.sha256(str([prompt.ids for prompt in task.prompts + task.held_out]).encode()).hexdigest()
-    return {"initial model": digest(task.ref.lm.state_dict()), "prompts": prompts}
-
-
-def start(run: Path, cfg: Config, task: Task) -> State:
-    """A new folder with all that is needed to run it again in config.json."""
-    import transformers
-
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    about = {"config": dataclasses.asdict(cfg), "command": sys.argv, "git_commit": commit or None,
-             "device": str(task.actor.device), "dtype": str(task.actor.dtype),
-             "parameters": sum(p.numel() for p in task.actor.parameters()),
-             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                          "transformers": transformers.__version__}, "sha256": identity(task)}
-    try:
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise UsageError(f"cannot create {run}: {e.strerror}; give another --runs-dir or --name") from None
-    return State(cfg.kl_coef)
-
-
-def refuse_changes(run: Path, there: dict, here: dict) -> None:
-    """UsageError that names each setting, or the model or prompts, in which a resumed run would differ from before."""
-    changed = [f"{name} was {there.get(name)} and is {x}" for name, x in here.items()
-               if x != there.get(name) and name not in MAY_CHANGE]
-    if changed:
-        raise UsageError(f"--resume {run}: {'; '.join(changed)}; only {', '.join(MAY_CHANGE[:-1])} may change")
-
-
-def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer) -> State:
-    """The state of the run's last checkpoint, with the logs cut back to it; the beginning if it has none."""
-    from safetensors.torch import load_file
-
-    refuse_changes(run, read_config(run)[1]["sha256"], identity(task))
-    state, logs = State(cfg.kl_coef), dict.fromkeys(LOGS, 0)
-    if checkpoints(run):
-        last = checkpoints(run)[-1]
-        try:
-            policy = type(task.actor.lm).from_pretrained(last / "policy", dtype=next(task.actor.lm.parameters()).dtype)
-            weights = load_file(last / "critic.safetensors") | {f"lm.{name}": x for name, x in policy.state_dict().items()}
-            saved = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
-            if digest(weights) != saved["digest"]:
-                raise ValueError("the weights are not those that were saved")
-            task.actor.load_state_dict(weights)
-            optimizer.load_state_dict(saved["optimizer"])
-            state, logs = State(**saved["state"]), saved["logs"]
-        except Exception as e:
-            raise UsageError(f"{last} is damaged or of another program ({type(e).__name__}: {first_line(e)}); remove it to go "
-                             "on from what is before it") from e
-    if (run / "policy").exists() and (state.update == 0 or state.update >= cfg.num_updates):
-        raise UsageError(f"--resume {run}: the run is complete" + (
-            "; to go on, give a larger --num-updates" if state.update else " and has no checkpoint to go on from"))
-    for name, size in logs.items():
-        with open(run / name, "ab") as f:
-            if f.tell() < size:
-                raise UsageError(f"{run / name} is shorter than at the last checkpoint: put it back, or begin anew")
-            f.truncate(size)
-    return state
-
-
-def flops(actor: Actor, rollout: Rollout, critic_only: bool = False) -> float:
-    """FLOPs that an epoch on a rollout needs: 2 a weight and token forward, 4 backward, and attention to the past.
-
-    Padding, recomputation and the optimizer are not in it; of a mixture every expert is.
-    """
-    lengths = (rollout.query_mask.sum(1) + rollout.mask.sum(1)).double() - 1  # the last token predicts nothing
-    total = 0.0 if critic_only else 6 * float(rollout.mask.sum()) * actor.lm.get_output_embeddings().weight.numel()
-    frozen = critic_only and actor.critic_trunk is None  # a head alone learns, on the policy's states
-    trunks = (actor.critic_trunk,) if critic_only and not frozen else (actor.lm.base_model, actor.critic_trunk)
-    for trunk in filter(None, trunks):
-        config, decoder = trunk.config.get_text_config(), trunk.get_decoder()  # of a model that also sees, what reads
-        embeddings = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Embedding))
-        weights = sum(p.numel() for p in decoder.parameters() if p.ndim > 1) - embeddings
-        attention = config.num_hidden_layers * config.hidden_size * lengths**2  # two products, half of each
-        total += (2 if frozen else 6) * float((weights * lengths + attention).sum())
-    return total
-
-
-def matmul_flops_per_second(actor: Actor, tokens: int) -> float:
-    """What a matrix product reaches on hidden states of so many tokens, as in a layer's MLP: the median of 9."""
-    width = actor.value_head.in_features
-    a, b = (torch.randn(shape, dtype=actor.dtype, device=actor.device) for shape in ((tokens, width), (width, 4 * width)))
-    wait = torch.accelerator.synchronize if actor.device.type != "cpu" else lambda: None
-    one, repeats, rates = 2 * a.numel() * b.shape[1], 1, []
-    while len(rates) < 9:
-        wait()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        wait()
-        spent = time.perf_counter() - start
-        if spent < 0.05:
-            repeats *= 2
-        else:
-            rates.append(repeats * one / spent)
-    return statistics.median(rates)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most bytes that tensors held on the GPU so far; without one, that this process held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if os.name != "posix":
-        return math.nan
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def performance(actor: Actor, history: list[dict], cfg: Config) -> str:
-    """How fast the updates were, medians, and the memory that they took."""
-    rollout, update, done = (statistics.median(row[f"perf/{name}_per_second"] for row in history)
-                             for name in ("rollout_tokens", "update_tokens", "update_flops"))
-    text = f"Rollout {rollout:.0f} tokens/s, update {update:.0f} tokens/s at {done / 1e12:.3g} TFLOP/s"
-    if cfg.profile:
-        reached = matmul_flops_per_second(actor, cfg.rows_at_once * cfg.response_length)
-        text += f" ({done / reached:.0%} of the {reached / 1e12:.3g} that a matrix product reaches)"
-    return f"{text}, memory {peak_memory(actor.device) / 1e9:.2f} GB"
-
-
-def progress(total: int, done: int = 0):
-    """A bar on a terminal, a line every half minute in a log."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
-
-
-def mean_and_error(x: Tensor) -> tuple[float, float]:
-    """Mean of n numbers and its standard error, s/√n. NaN is no number."""
-    x = x[~x.isnan()] if (~x.isnan()).any() else torch.zeros(1)
-    return float(x.mean()), float(x.var(correction=0) / max(1, len(x) - 1)) ** 0.5
-
-
-def eval_metrics(result: dict[str, Tensor]) -> dict[str, float]:
-    return {f"eval/{name}{suffix}": y for name, x in result.items() for suffix, y in zip(("", "_se"), mean_and_error(x))}
-
-
-def record(run: Path, board, metrics: dict[str, float], samples: list[dict] = []) -> None:
-    """Append to the logs. A row is on the disk, or with the system, before the next update begins."""
-    try:
-        for name, rows in zip(LOGS, ([metrics], samples)):
-            with open(run / name, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    except OSError as e:
-        raise RunError(f"cannot write to {run / name}: {e.strerror}") from e
-    if board is not None:
-        for name, x in metrics.items():
-            board.add_scalar(name, x, metrics["update"])
-
-
-def tensorboard(run: Path, update: int):
-    """A writer of TensorBoard events where tensorboard is installed, else None."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(run, purge_step=update + 1 if update else None)
-
-
-def write_curves(path: Path, history: list[dict]) -> None:
-    """The learning curves as a picture: a panel for the score, the KL, and each reward that is not all of the score."""
-    names = ["objective/scores", "objective/kl"]
-    names += [name for name in history[0] if name.startswith("rewards/")
-              and any(row[name] != row["objective/scores"] for row in history)]
-    panels = []
-    for i, name in enumerate(names):
-        ys = [row[name] for row in history]
-        low, high = min(0.0, *ys), max(0.0, *ys, min(ys) + 1e-9)
-        points = " ".join(f"{50 + 170 * k / max(1, len(ys) - 1):.1f},{120 - 80 * (y - low) / (high - low):.1f}"
-                          for k, y in enumerate(ys))
-        panels.append(f'<g transform="translate({240 * i},0)"><text x="50" y="24" font-weight="bold">{html.escape(name)}</text>'
-                      f'<path d="M50 40V120H220" fill="none" stroke="#999"/>'
-                      f'<polyline points="{points}" fill="none" stroke="#06c" stroke-width="2"/>'
-                      f'<text x="45" y="44" text-anchor="end">{high:.2f}</text>'
-                      f'<text x="45" y="120" text-anchor="end">{low:.2f}</text>'
-                      f'<text x="220" y="136" text-anchor="end">update {history[-1]["update"]}</text></g>')
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {240 * len(names)} 145" '
-                    f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
-                    f'{"".join(panels)}</svg>\n', encoding="utf-8")
-
-
-def sparkline(ys: list[float], width: int = 40) -> str:
-    """The course of ys as one character each, averaged in groups where there are more than `width`."""
-    size = math.ceil(len(ys) / width)
-    ys = [sum(ys[i:i + size]) / len(ys[i:i + size]) for i in range(0, len(ys), size)]
-    low, high = min(ys), max(ys)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (y - low) / (high - low))] if high > low else "▁" for y in ys)
-
-
-def report(run: Path, held_out: list[Prompt], before, after, history: list[dict], seconds: dict[str, float],
-           speed: str) -> None:
-    """What the terminal shows at the end."""
-    width = min(120, shutil.get_terminal_size().columns)
-    if after[1]:
-        print("\nHeld-out prompts, same seed:")
-        for prompt, old, new in list(zip(held_out, before[1], after[1]))[:4]:
-            text = prompt.row["prompt"]
-            text = text if isinstance(text, str) else str(text[-1]["content"])
-            print(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
-            for label, text in (("before", old), ("after", new)):
-                print(textwrap.fill(text.strip(), width, initial_indent=f"    {label:8}", subsequent_indent=" " * 12))
-        print(f"\nHeld-out evaluation ({len(after[1])} replies)  {'before':>16}  {'after':>16}")
-        for name in after[0]:
-            cells = ["{:.2f} ± {:.2f}".format(*mean_and_error(result[0][name])) for result in (before, after)]
-            print(f"  {name:32}  {cells[0]:>16}  {cells[1]:>16}")
-    print("\nLearning curves")
-    for label, name in (("score", "objective/scores"), ("KL, nats a reply", "objective/kl")):
-        ys = [row[name] for row in history]
-        print(f"  {label:18}{sparkline(ys)}  {ys[0]:.2f} → {ys[-1]:.2f}")
-    phases = ", ".join(f"{name} {x:.1f}" for name, x in seconds.items())
-    print()
-    for line in (f"Time {sum(seconds.values()):.1f} s: {phases}", speed):
-        print(textwrap.fill(line, width, subsequent_indent="  "))
-    print(f"\nLoad the policy   AutoModelForCausalLM.from_pretrained('{run}/policy')")
-    board = f", or: tensorboard --logdir {run.parent}" if importlib.util.find_spec("tensorboard") else ""
-    print(f"Open the curves   {run}/curves.svg{board}")
 
 
 def parse(argv: list[str]) -> Config:
-    """The command line as a Config. What tyro refuses is told in one line."""
+    """The command line as a Config. Defaults are those of the resumed run, or the demo's if there is no model."""
     import tyro
 
-    given = {arg.partition("=")[0]: arg.partition("=")[2] or after for arg, after in zip(argv, [*argv[1:], ""])}
-    if "--resume" in given:
-        defaults = read_config(given["--resume"])[0]
-    else:
-        defaults = Config() if {"--model", "-h", "--help"} & given.keys() else Config(**DEMO)
-    refused = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(refused):
-            return tyro.cli(Config, args=argv, default=defaults)
-    except SystemExit as e:
-        lines = [line.strip("│ ") for line in refused.getvalue().splitlines()[1:-1]]
-        if e.code:
-            message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
-            raise UsageError(f"{message} (see --help)") from None
-        raise
+    cfg = tyro.cli(Config, args=argv)
+    if cfg.resume is not None:
+        return tyro.cli(Config, args=argv, default=read_config(cfg.resume)[0])
+    if cfg.model is None:
+        cfg = tyro.cli(Config, args=argv, default=Config(**DEMO))
+        settings = ", ".join(f"{name} {getattr(cfg, name)}" for name in DEMO)
+        print(f"The demo has settings of its own beside the defaults that --help shows: {settings}")
+    return cfg
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1679,9 +1890,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):  # a notebook's output cannot
         sys.stdout.reconfigure(errors="replace")  # an encoding without arrows must not end a run
     try:
-        cfg = parse(sys.argv[1:] if argv is None else argv)
-        cfg.check()
-        train(cfg)
+        train(parse(sys.argv[1:] if argv is None else argv))
     except UsageError as e:
         print(f"ppo_llm.py: {e}", file=sys.stderr)
         return 2
