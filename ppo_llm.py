@@ -327,7 +327,7 @@ class Rollout:
         # Found on the CPU: on a GPU, nonzero would have to wait for all work that is queued before it.
         fields = {"valid": self.mask[index, :longest_reply].flatten().nonzero().squeeze(1)}
         for name, x in vars(self).items():
-            if x is None:
+            if x is None or name == "valid":
                 continue
             x = x[index]
             if name in ("queries", "query_mask"):
@@ -342,8 +342,8 @@ class Rollout:
     def micro_batches(self, index: Tensor, size: int) -> list[Tensor]:
         """Cut the replies `index` into groups of at most `size` and of like length: little is computed for padding.
 
-        Lengths in a group, of prompt and reply together, lie between the same two powers of two. So no reply is padded
-        to more than twice its length, and there are few groups.
+        The lengths in a group, of prompt and reply together, lie between the same two powers of two. So it needs few
+        groups, and where prompts are of like length, no row is padded to more than twice its tokens.
         """
         lengths = self.query_mask.sum(1) + self.mask.sum(1)
         lengths, order = lengths[index].sort(stable=True)
@@ -500,7 +500,7 @@ class Actor(nn.Module):
 
 
 def left_pad(sequences: list) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
-    """Lists of token ids, padded on the left, and their mask. Which token pads does not matter: only the mask counts."""
+    """Lists of token ids, padded on the left, and their mask. Which token pads does not matter: the mask says it."""
     ids = [torch.tensor(sequence) for sequence in sequences]
     padded = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
     mask = padded >= 0  # -1 is the id of no token
@@ -657,11 +657,11 @@ def ppo_loss(
     return loss, stats
 
 
-def token_weights(mask: Tensor, aggregation: str) -> Tensor:  # [B, T] -> [B, T]
+def token_weights(mask: Tensor, aggregation: str) -> Tensor:  # [B, T] of 0 and 1 -> [B, T]
     """The weight of each token in the losses of a step, 1 on average over its valid tokens."""
     if aggregation == "token":  # every token counts the same (DAPO, arXiv 2503.14476)
-        return mask.float()
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # every reply counts the same, and its tokens share its part
+        return mask
+    lengths = mask.sum(1, keepdim=True)  # every reply counts the same, and its tokens share its part
     return mask * (mask.sum() / (len(mask) * lengths))
 
 
@@ -683,11 +683,11 @@ def ppo_update(
     policy_norms = []  # before clipping
     skipped = 0
     rollout.token_weights = torch.zeros_like(rollout.advantages)
-    epochs = [torch.randperm(len(rollout.mask)).chunk(cfg.num_mini_batches) for _ in range(cfg.num_ppo_epochs)]
-    for minibatch in [index for epoch in epochs for index in epoch]:
-        mask = rollout.mask[minibatch]
+    order = torch.cat([torch.randperm(len(rollout.mask)) for _ in range(cfg.num_ppo_epochs)])
+    for minibatch in order.chunk(cfg.num_ppo_epochs * cfg.num_mini_batches):
+        mask = rollout.mask[minibatch].to(rollout.advantages.dtype)
         step_tokens = int(mask.sum())
-        rollout.token_weights[minibatch] = token_weights(mask, cfg.loss_aggregation).to(rollout.advantages.dtype)
+        rollout.token_weights[minibatch] = token_weights(mask, cfg.loss_aggregation)
         step = defaultdict(float)  # sums over the tokens of this step
         for index in rollout.micro_batches(minibatch, cfg.replies_at_once):
             batch = rollout.select(index, actor.device)
@@ -879,6 +879,7 @@ def rollout_metrics(
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -1114,16 +1115,16 @@ def load_reward_model(
     config = model.config.get_text_config()
     if chat and not tokenizer.chat_template:
         raise UsageError(f"--reward-model {name}: the prompts are chat messages and its tokenizer has no chat template")
-    labels = list(model.config.id2label.values())
-    label = labels[0] if len(labels) == 1 else cfg.reward_label
-    if label not in labels:
-        raise UsageError(f"--reward-label {label}: expected one of {', '.join(labels)}, the labels of {name}")
+    columns = {label: column for column, label in model.config.id2label.items()}
+    label = cfg.reward_label if len(columns) > 1 else min(columns)
+    if label not in columns:
+        raise UsageError(f"--reward-label {label}: expected one of {', '.join(sorted(columns))}, the labels of {name}")
     longest = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
     # A decoder scores the last token, and finds it in a batch by the pad token: without one, a text at a time.
     at_once = 1 if config.pad_token_id is None else cfg.replies_at_once
 
     @torch.inference_mode()
-    def score(prompts: list, completions: list, **columns) -> list[float]:
+    def score(prompts: list, completions: list, **others) -> list[float]:
         texts = [tokenize(tokenizer, join_reply(p, c)) for p, c in zip(prompts, completions)]
         if any(len(ids) > longest for ids in texts):
             say_once(f"reward model {name}: texts of more than its {longest} tokens lose their beginning")
@@ -1135,7 +1136,7 @@ def load_reward_model(
             padded = pad_sequence(ids, batch_first=True, padding_value=config.pad_token_id or 0)
             with torch.autocast(device.type, dtype, dtype != torch.float32):
                 logits = model(input_ids=padded.to(device), attention_mask=attention.to(device)).logits
-            scores += logits[:, labels.index(label)].float().tolist()
+            scores += logits[:, columns[label]].float().tolist()
         return scores
 
     score.__name__ = Path(name).name
@@ -1213,8 +1214,19 @@ def load(auto_class: str, name: str, flag: str, cfg: Config):
     return model
 
 
+def keep_freed_memory() -> None:
+    """Stop glibc from giving freed tensors back to the system, or the next ones cost their page faults again.
+
+    Without it an update of GPT-2 takes 1.2 times as long in bfloat16 on a CPU. It holds for the whole process.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # there is no glibc, so nothing is done
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps up to 2 GB that are free
+
+
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
-    """Where to compute, and the type of matrix products. Sets for the process how it multiplies in float32."""
+    """Where to compute, and the type of matrix products. Sets for the process how it multiplies and keeps memory."""
     with in_one_line(f"--device {cfg.device}: expected a device that torch has here, such as cpu"):
         best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         device = best if cfg.device == "auto" else torch.device(cfg.device)
@@ -1225,6 +1237,8 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     torch.set_float32_matmul_precision(cfg.matmul_precision)
+    if device.type == "cpu":
+        keep_freed_memory()
     return device, getattr(torch, dtype)
 
 
@@ -1359,7 +1373,8 @@ def pick_prompts(
     kept_out = [prompt for prompt in encoded[: len(held_out)] if len(prompt.ids) <= allowed]
     kept = [prompt for prompt in encoded[len(held_out) :] if len(prompt.ids) <= allowed]
     if not kept:
-        raise UsageError(f"--max-prompt-length {allowed} leaves no prompt to train on")
+        shortest = f"the shortest has {min(len(prompt.ids) for prompt in encoded)} tokens"
+        raise UsageError(f"--max-prompt-length {allowed} leaves no prompt to train on: {shortest}")
     dropped = len(encoded) - len(kept) - len(kept_out)
     if dropped:
         print(f"Dropped {dropped} of {len(encoded)} prompts, longer than --max-prompt-length {allowed}")
@@ -1798,7 +1813,7 @@ DEMO = dict(
     target_kl=0.05,
     lr_scheduler_type="linear",
     warmup_updates=3,
-    reward_weights=(1.0, 0.0),
+    reward_weights=(1.0, 0.0),  # of sentiment and fluency
 )
 
 
@@ -1880,8 +1895,9 @@ def parse(argv: list[str]) -> Config:
         return tyro.cli(Config, args=argv, default=read_config(cfg.resume)[0])
     if cfg.model is None:
         cfg = tyro.cli(Config, args=argv, default=Config(**DEMO))
-        settings = ", ".join(f"{name} {getattr(cfg, name)}" for name in DEMO)
-        print(f"The demo has settings of its own beside the defaults that --help shows: {settings}")
+        flags = " ".join(f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in DEMO)
+        text = f"The demo, with settings of its own where --help shows other defaults: {flags}"
+        print(textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent="  ", break_on_hyphens=False))
     return cfg
 
 
