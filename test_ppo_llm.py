@@ -738,8 +738,8 @@ def test_select_trims_and_loses_nothing():
 
 @pytest.mark.parametrize("size", [256, 20])
 def test_micro_batches_hold_replies_of_like_length(size):
-    """Lengths in a group, of prompt and reply together, lie between the same two powers of two. It ends only there, or
-    where it is full."""
+    """Sorted by length, of prompt and reply together. A group ends where it is full, or where the next reply would make
+    it pad more than 128 tokens (8192 on a GPU): so none pads more."""
     random = torch.Generator().manual_seed(0)
     lengths = torch.empty(256).geometric_(1 / 8, generator=random).clamp(max=64).long()
     mask = torch.arange(64) < lengths.unsqueeze(1)
@@ -747,13 +747,18 @@ def test_micro_batches_hold_replies_of_like_length(size):
     rollout = Rollout(queries, queries == 0, mask.long(), mask, mask.any(1), mask)
     index = torch.randperm(256, generator=random)[:200]
     groups = rollout.micro_batches(index, size)
-    assert sorted(torch.cat(groups).tolist()) == sorted(index.tolist())
-    digits = [{n.bit_length() for n in (lengths[group] + 3).tolist()} for group in groups]
-    for group, of_group in zip(groups, digits):
-        assert len(group) <= size
-        assert len(of_group) == 1
-    for group, of_group, of_next in zip(groups, digits, digits[1:]):
-        assert len(group) == size or of_group != of_next
+    in_order = torch.cat(groups)
+    assert sorted(in_order.tolist()) == sorted(index.tolist())
+    assert (lengths[in_order].diff() >= 0).all()
+
+    def padding(group):
+        return (lengths[group].max() - lengths[group]).sum()
+
+    assert max(len(group) for group in groups) <= size
+    assert max(padding(group) for group in groups) <= 128
+    for group, following in itertools.pairwise(groups):
+        assert len(group) == size or padding(torch.cat([group, following[:1]])) > 128
+    assert len(rollout.micro_batches(index, 200, "cuda")) == 1
 
 
 # ------------------------------------------------------------------------------------- 3. the actor with its value head
