@@ -10,17 +10,17 @@
 
 Part I is PPO, and complete. It ends at the line "Part I ends here", needs torch and transformers, and knows nothing of
 files, flags or the terminal. Copy it whole, or one function of it: `for metrics, samples in ppo(...)` trains a model.
-Part II is the program around it: prompts, rewards, checkpoints, what the terminal shows, a demo, the command line. You
-may delete of it what you do not need, the demo first.
+Part II is the program around it: prompts, rewards, checkpoints, what the terminal shows, a demo, the command line.
+Delete what you do not need of it, the demo first.
 
 One update, in six steps (`ppo` is the loop over them):
 
   1. Generate: sample a reply to each of B prompts from the policy (`generate`).
   2. Score: a function of yours gives each whole reply a number: scores [B].
   3. Log-probabilities and values: one forward pass of the policy gives both for every token of the replies. A frozen
-     copy of the first policy, the reference, gives its log-probabilities (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is -β·KL, and the last token also gets the score. GAE makes advantages and
-     returns of the rewards and values (`compute_advantages`).
+     copy of the initial policy, the reference, gives its own log-probabilities (`fill_logprobs_and_values`).
+  4. Advantages: the reward of a token is -β·KL, and the last token also gets the score. GAE turns rewards and values
+     into advantages and returns (`compute_advantages`).
   5. Update: several epochs of minibatches on the clipped surrogate and the clipped value loss (`ppo_update`).
   6. Metrics: what happened, over valid tokens only (`rollout_metrics`).
 
@@ -68,7 +68,7 @@ def response_mask(responses: Tensor, stop_ids: list[int]) -> Tensor:  # [B, T] -
 def masked_mean(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:  # [B, T], [B, T] -> []
     """Mean over the valid cells, 0 if there are none.
 
-    weights [B, T]: the weighted sum over the valid cells instead. The losses use it, see `ppo_loss`.
+    weights [B, T]: the weighted sum over the valid cells instead. The caller divides it by the tokens of a whole step.
     """
     x = torch.where(mask, x, 0.0)
     if weights is not None:
@@ -261,7 +261,7 @@ class PPOConfig:
     # Update.
     num_ppo_epochs: int = 4  # passes over each batch
     num_mini_batches: int = 4  # optimizer steps a pass
-    micro_batch_size: int | None = None  # replies in memory at a time; changes no gradient; None: at most a minibatch
+    micro_batch_size: int | None = None  # most replies trained on at a time; changes no gradient; None: a minibatch
     learning_rate: float = 1e-5  # of AdamW, at its highest
     critic_lr: float | None = None  # learning rate of what only the critic uses; None: the policy's
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay over the updates, to 0
@@ -278,7 +278,7 @@ class PPOConfig:
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
     @property
-    def replies_at_once(self) -> int:  # most replies in memory at a time
+    def replies_at_once(self) -> int:  # most replies in a micro-batch
         return self.micro_batch_size or self.batch_size // self.num_mini_batches
 
 
@@ -338,11 +338,11 @@ class Rollout:
             fields[name] = x.to(device)
         return Rollout(**fields)
 
-    def micro_batches(self, index: Tensor, size: int, device="cpu") -> list[Tensor]:
+    def micro_batches(self, index: Tensor, size: int, device="cpu") -> list:
         """Cut the replies `index` into groups of at most `size` and of like length: little is computed for padding.
 
-        From the shortest on, a reply joins the last group unless the padding that this causes costs more than one more
-        pass over the model. A pass costs about 128 tokens on a CPU, however short it is. For a GPU 8192 is an estimate.
+        Shortest first, a reply joins the last group unless the padding of that group would then cost more than one more
+        pass over the model: about 128 tokens on a CPU, however short the pass is. For a GPU, 8192 is an estimate.
         """
         affordable = 128 if torch.device(device).type == "cpu" else 8192
         lengths = (self.query_mask.sum(1) + self.mask.sum(1)).tolist()
@@ -361,8 +361,8 @@ LOGITS_AT_ONCE = 2**26  # vocabulary logits in memory at a time: 256 MB in float
 class Actor(nn.Module):
     """A causal language model of transformers as the policy, and a critic: a linear head on hidden states.
 
-    critic: None, the value head stands on the policy's own trunk, at half the work; or a second model, whose trunk it
-    then stands on. action_values: the head gives Q(s, a) for every token a, and the baseline is Σ_a π(a|s)·Q(s, a).
+    critic: None, the value head reads the policy's hidden states, at half the work; or a second model, whose states it
+    then reads. action_values: the head gives Q(s, a) for every token a, and the baseline is Σ_a π(a|s)·Q(s, a).
     dtype: of matrix products (autocast); weights stay float32. ValueError for weights in half precision.
     """
 
@@ -391,7 +391,7 @@ class Actor(nn.Module):
         vocabulary = head.weight.shape[0]
         self.tokens_at_once = max(1, LOGITS_AT_ONCE // vocabulary)
         self.value_head = nn.Linear(width, vocabulary if action_values else 1, device=lm.device, dtype=lm.dtype)
-        nn.init.zeros_(self.value_head.weight)  # V = 0 at the start: the first advantages are plain returns
+        nn.init.zeros_(self.value_head.weight)  # V = 0 at the start: the first advantages need no critic
         nn.init.zeros_(self.value_head.bias)
 
     @property
@@ -488,10 +488,10 @@ class Actor(nn.Module):
         if torch.is_grad_enabled():
             return predictions, None
         values = []
-        q_chunks = x.flatten(0, 1).split(self.tokens_at_once)  # [n, H] each
-        for pi, q in zip(states.flatten(0, 1).split(self.tokens_at_once), q_chunks):
-            probabilities = (self.logits(pi) / temperature).softmax(1)  # [n, V]
-            values.append((probabilities * self.value_head(q)).sum(1))
+        policy_chunks = states.flatten(0, 1).split(self.tokens_at_once)  # [n, H] each
+        for policy_chunk, critic_chunk in zip(policy_chunks, x.flatten(0, 1).split(self.tokens_at_once)):
+            probabilities = (self.logits(policy_chunk) / temperature).softmax(1)  # [n, V]
+            values.append((probabilities * self.value_head(critic_chunk)).sum(1))
         return predictions, torch.cat(values).view(states.shape[:2])
 
 
@@ -501,7 +501,7 @@ class Actor(nn.Module):
 
 
 def left_pad(sequences: list) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
-    """Lists of token ids, padded on the left, and their mask. Which token pads does not matter: the mask says it."""
+    """Lists of token ids, padded on the left, and their mask. Any token may pad: the mask marks the padding."""
     ids = [torch.tensor(sequence) for sequence in sequences]
     padded = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
     mask = padded >= 0  # -1 is the id of no token
@@ -515,12 +515,11 @@ def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg
     if not logprobs.isfinite().all():
         raise FloatingPointError("the policy's probabilities are not finite: it has diverged; lower the learning rate")
     mask = response_mask(responses, stop_ids)
-    stops = torch.isin(responses, responses.new_tensor(stop_ids))
-    ended = (stops & mask).any(1)
+    ended = torch.isin(responses, responses.new_tensor(stop_ids)).any(1)
     return Rollout(queries, query_mask, responses, mask, ended, logprobs)
 
 
-@torch.no_grad()  # not inference_mode: in it autocast would round the weights again for every token
+@torch.no_grad()  # not inference_mode, in which autocast rounds the weights again for every token
 def generate(
     actor: Actor,
     queries: Tensor,  # [B, P]
@@ -530,14 +529,14 @@ def generate(
 ) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
     """Sample a reply to each prompt from the whole distribution: (responses, their log π), 0 after the end of a reply.
 
-    A token is the inverse of the distribution function at a uniform random number. argmax(p / exponential) would be
-    shorter, but one number a token can be drawn for all replies beforehand: so a reply does not depend on the others
-    in its group, nor on the device. Eight micro-batches are decoded together, as no activations are kept.
+    The token is the first whose cumulative probability exceeds a uniform random number. argmax(p / exponential) would
+    be shorter, but one number a token can be drawn for all replies beforehand: so, up to rounding, a reply depends
+    neither on its group nor on the device. Eight micro-batches are decoded together, as no activations are kept.
     """
     uniform = torch.rand(len(queries), cfg.response_length, dtype=torch.float64)
     size = 8 * cfg.replies_at_once
     groups = zip(queries.split(size), query_mask.split(size), uniform.split(size))
-    with actor.autocast():
+    with actor.autocast():  # around all steps: it keeps the rounded weights until it ends
         parts = [decode(actor, *group, stop_ids, cfg.temperature) for group in groups]
     responses, logprobs = zip(*parts)
     return torch.cat(responses), torch.cat(logprobs)
@@ -636,7 +635,7 @@ def ppo_loss(
     kl_coef: float,
     cfg: PPOConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
-    """PPO eq. 9, negated: clipped surrogate + c1 value loss - c2 entropy (+ β KL, PPO eq. 8, with kl_in = loss).
+    """PPO eq. 9, negated: policy loss + c1 value loss - c2 entropy (+ β KL, PPO eq. 8, with kl_in = loss).
 
     Loss and statistics are sums over the tokens of the micro-batch, in the losses with their weights. The sums of all
     micro-batches, divided by the number of tokens in the step, are then the same however the step is cut.
@@ -677,7 +676,8 @@ def ppo_update(
     """PPO, algorithm 1: several epochs of shuffled minibatches, an optimizer step each.
 
     Returns metrics: means over the valid tokens of all steps, and counts of the steps. A step whose loss or gradient is
-    not finite is left out, with its metrics, and counted.
+    not finite is left out, with its metrics, and counted. If a step finds the policy beyond target_kl, the update ends:
+    it is in the means, but is not taken.
     """
     totals = defaultdict(float)  # sums over the tokens of all steps
     tokens = 0  # in all steps
@@ -696,9 +696,9 @@ def ppo_update(
             (loss / step_tokens).backward()
             for name, x in stats.items():
                 step[name] += x
-        if critic_only:  # the policy does not move: AdamW passes over parameters without a gradient
+        if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
             actor.lm.zero_grad()
-        # Policy and critic are clipped apart: large errors of the critic must not shrink the policy's step.
+        # Clipped apart: large errors of a critic's own parameters must not shrink the policy's step.
         groups = [group["params"] for group in optimizer.param_groups]
         norms = [nn.utils.clip_grad_norm_(group, cfg.max_grad_norm or math.inf) for group in groups]
         finite = math.isfinite(sum(norms) + sum(step.values()))
@@ -729,10 +729,10 @@ def ppo_update(
 
 @dataclass
 class State:
-    """Where a run stands, beside weights and optimizer. No random generator is in it: each update seeds them anew."""
+    """Where a run stands, besides weights and optimizer. No random generator is in it: each update seeds them anew."""
     kl_coef: float  # β, which an adaptive controller moves
     update: int = 0  # finished updates; so also the place in the learning-rate schedule and in the prompts
-    skipped: int = 0  # optimizer steps in a row that were not finite, counted in whole updates
+    skipped: int = 0  # steps that were not finite, in updates without any other, since the last update that had one
 
 
 def ppo(
@@ -753,7 +753,7 @@ def ppo(
     state: where to begin, State(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written then.
     A sample is (prompt, token ids of the reply, score, KL in nats).
 
-    Raises ValueError for settings that cannot be, and FloatingPointError once training has diverged.
+    Raises ValueError for batches that cannot be divided, FloatingPointError once the policy's probabilities are NaN.
     """
     if cfg.batch_size % cfg.num_mini_batches or cfg.batch_size % cfg.samples_per_prompt:
         raise ValueError("batch_size: expected a multiple of num_mini_batches and of samples_per_prompt")
@@ -838,7 +838,7 @@ def draw_prompts(prompts: list, start: int, count: int, seed: int) -> list:
 
 
 def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
-    """Σ_t (log π - log π_ref) of each reply: k1, in nats. Of one reply it may be negative, on average it is not."""
+    """Σ_t (log π - log π_ref) of each reply: k1, in nats. For one reply it may be negative, on average it is not."""
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs)
     return torch.where(rollout.mask, kl, 0.0).sum(1)
 
@@ -862,7 +862,7 @@ def rollout_metrics(
         "objective/kl": kl.mean(),
         "objective/non_score_reward": -kl_coef * kl.mean(),
         "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
-        **{f"rewards/{name}": part.nanmean() for name, part in parts.items()},
+        **{f"rewards/{name}": part.nanmean() for name, part in parts.items() if part.isfinite().any()},
         "prompt/length": rollout.query_mask.sum(1).float().mean(),
         "reply/length": mask.sum(1).float().mean(),
         "reply/ended": rollout.ended.float().mean(),
@@ -1450,6 +1450,7 @@ def write_log(run: Path, board, metrics: dict[str, float], samples: list[dict]) 
     if board is not None:
         for name, x in metrics.items():
             board.add_scalar(name, x, metrics["update"])
+        board.flush()
 
 
 def tensorboard(run: Path, update: int):
@@ -1594,7 +1595,7 @@ def finish_on_signal():
 
     def ask(number: int, frame) -> None:
         if asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         asked.append(number)
         name = signal.Signals(number).name
         print(f"\n{name}: finishing the update in hand; once more to stop at once", file=sys.stderr)
@@ -1648,7 +1649,7 @@ def report(run: Path, seconds: dict[str, float], device: torch.device) -> None:
     if held_out:
         print(f"\nHeld-out evaluation ({after['eval/replies']} replies)  {'before':>16}  {'after':>16}")
     for name in after:
-        if f"{name}_se" in after:
+        if f"{name}_se" in after and name in before:
             cells = [f"{row[name]:.2f} ± {row[name + '_se']:.2f}" for row in (before, after)]
             print(f"  {name.removeprefix('eval/'):32}  {cells[0]:>16}  {cells[1]:>16}")
     print("\nLearning curves")
@@ -1676,7 +1677,7 @@ def report(run: Path, seconds: dict[str, float], device: torch.device) -> None:
 
 def sample_row(task: Task, update: int, prompt: Prompt, ids: list[int], score: float, kl: float) -> dict:
     """A sample of `ppo` as a row of samples.jsonl."""
-    return {"update": update, **prompt.row, "reply": reply_text(task.tokenizer, prompt, ids), "score": score, "kl": kl}
+    return {**prompt.row, "update": update, "reply": reply_text(task.tokenizer, prompt, ids), "score": score, "kl": kl}
 
 
 def evaluate_held_out(task: Task, cfg: Config, update: int) -> tuple[dict[str, float], list[dict]]:
@@ -1698,9 +1699,10 @@ def evaluate_held_out(task: Task, cfg: Config, update: int) -> tuple[dict[str, f
     quantities = {"score": scores, "kl": kl} | {f"rewards/{name}": part for name, part in parts.items()}
     for name, x in quantities.items():
         x = x[~x.isnan()]
-        metrics[f"eval/{name}"] = float(x.mean())
-        variance = x.var(correction=0) / max(1, len(x) - 1)
-        metrics[f"eval/{name}_se"] = float(variance) ** 0.5
+        if len(x) > 0:
+            metrics[f"eval/{name}"] = float(x.mean())
+            variance = x.var(correction=0) / max(1, len(x) - 1)
+            metrics[f"eval/{name}_se"] = float(variance) ** 0.5
     samples = list(zip(prompts, replies, scores.tolist(), kl.tolist()))
     shown = samples[: min(4, len(task.held_out))]
     return metrics, [sample_row(task, update, *sample) | {"held_out": True} for sample in shown]

@@ -758,7 +758,15 @@ def test_micro_batches_hold_replies_of_like_length(size):
     assert max(padding(group) for group in groups) <= 128
     for group, following in itertools.pairwise(groups):
         assert len(group) == size or padding(torch.cat([group, following[:1]])) > 128
-    assert len(rollout.micro_batches(index, 200, "cuda")) == 1
+
+
+@pytest.mark.parametrize("device, affordable", [("cpu", 128), ("cuda", 8192)])
+def test_padding_that_costs_as_much_as_a_pass_is_the_most(device, affordable):
+    """A reply of one token joins one that is as many tokens longer, and not one that is a token longer still."""
+    for longer, groups in ((affordable, 1), (affordable + 1, 2)):
+        mask = torch.arange(longer + 1) < torch.tensor([[1], [longer + 1]])
+        rollout = Rollout(mask, mask[:, :1], mask.long(), mask, mask.any(1), mask)
+        assert len(rollout.micro_batches(torch.arange(2), 2, device)) == groups
 
 
 # ------------------------------------------------------------------------------------- 3. the actor with its value head
@@ -864,6 +872,10 @@ def test_bfloat16_is_for_matrix_products_only():
 def test_half_precision_weights_are_refused(dtype):
     with pytest.raises(ValueError, match=f"weights in {dtype}: expected float32"):
         P.Actor(tiny().to(dtype))
+
+
+def test_the_value_head_is_as_wide_as_what_it_reads():
+    assert P.Actor(tiny().float(), critic=model_of("OPT")).value_head.in_features == 8  # its trunk ends in 8, not in 16
 
 
 def test_a_rollout_rounds_each_weight_once():
@@ -1041,9 +1053,11 @@ def test_advantages_are_their_parts_in_order(data, mask, cfg):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_metrics_are_means_over_the_valid_tokens(seed):
     """Against brute force: the entropy is that of the bare model, KL is summed over a reply and averaged over
-    replies, a part of the score that does not apply to a reply counts neither way."""
+    replies. A part of the score that does not apply to a reply counts neither way, one that applies to none is left
+    out."""
     actor, _, rollout = experience(seed=seed)
-    parts = {"length": torch.ones(8), "half": real([1.0, math.nan] * 4)}
+    rollout.sampler_logprobs += torch.randn(rollout.mask.shape, dtype=REAL)  # gaps of both signs
+    parts = {"length": torch.ones(8), "half": real([1.0, math.nan] * 4), "never": real([math.nan] * 8)}
     metrics = P.rollout_metrics(rollout, torch.arange(8, dtype=REAL), parts, 0.5)
     entropies, kl = [], []
     for prompt, reply, said in each_reply_and_its_numbers(rollout):
@@ -1713,7 +1727,7 @@ MUSEUM = {
     ),
     "a penalty for a reply whose EOS is exactly the last token (torchtune)": (
         "sample_replies",
-        {"ended = (stops & mask).any(1)": "ended = mask.sum(1) < mask.shape[1]"},
+        {"ended = torch.isin(responses, responses.new_tensor(stop_ids)).any(1)": "ended = mask.sum(1) < mask.shape[1]"},
         test_replies_stop_where_the_first_stop_token_is,
     ),
     "a stop token of one's own that does not count as an end (trl#3750)": (
@@ -1894,6 +1908,9 @@ def test_errors_neither_cancel_nor_hide():
 #   likewise.
 #   ppo_update [op], `sum(norms) + sum(step.values())`: a difference is as little finite.
 #   token_weights [const, dropcall], `.clamp(min=1)`: the weights of an empty reply are masked, whatever they are.
+#   Actor.critic [op], `Tensor | None`: an annotation too. left_pad [const]: any token may pad.
+#   ppo_update [op], `sum(norms) + sum(...)`: a difference is as little finite. generate [const]: how many are decoded
+#   together changes speed only. rollout_metrics [const], 1e-8: a floor that returns of equal value alone reach.
 #   Actor.logprobs [const], `use_reentrant`: chunks are recomputed by the older way, to the same numbers.
 
 
