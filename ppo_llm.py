@@ -1899,6 +1899,7 @@ def parse(argv: list[str]) -> Config:
     if cfg.model is None:
         cfg = tyro.cli(Config, args=argv, default=Config(**DEMO))
         flags = " ".join(f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in DEMO)
+        flags = re.sub("[(),]", "", flags)  # tuples as the command line takes them
         text = f"The demo, with settings of its own where --help shows other defaults: {flags}"
         print(textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent="  ", break_on_hyphens=False))
     return cfg

@@ -2894,8 +2894,10 @@ def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
 
     done = run_cli("--name", "demo", "--num-updates", 10, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "settings of its own" in done.stdout.splitlines()[0]
-    assert "num_updates 10, response_length 24, missing_eos_penalty 3.0, kl_coef 0.3" in done.stdout.splitlines()[0]
+    words = " ".join(done.stdout.split())
+    assert words.startswith("The demo, with settings of its own where --help shows other defaults: --num-updates 10 ")
+    assert " --kl-coef 0.3 " in words
+    assert " --reward-weights 1.0 0.0 PPO on demo: 10 updates of 128 replies" in words
     for expected in ("Held-out evaluation", "before", "after", "score", "fluency", "▁", "█", "from_pretrained"):
         assert expected in done.stdout
     report = done.stdout.partition("Held-out prompts")[2]
