@@ -79,7 +79,7 @@ def masked_mean(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tenso
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  # [B, T], [B, T] -> [B, T]
     """Scale the valid cells to variance 1 and, if shift_mean, shift them to mean 0. Masked cells become 0.
 
-    The variance is the population's; the 1e-8 below the root keeps one cell, or equal cells, from giving NaN.
+    The variance is the population's; the 1e-8 under the root keeps one cell, or equal cells, from giving NaN.
     shift_mean=False keeps the mean, as OpenAI's lm-human-preferences does for rewards (their sign carries meaning).
     """
     mean = masked_mean(x, mask)
@@ -239,7 +239,7 @@ class PPOConfig:
     samples_per_prompt: int = 1  # replies to each prompt of an update
     response_length: int = 64  # longest reply, in tokens, T
     temperature: float = 1.0  # of the policy, in sampling and in every log-probability
-    missing_eos_penalty: float | None = None  # taken from the score of a reply without a stop token; None: nothing is
+    missing_eos_penalty: float | None = None  # taken from the score of a reply without a stop token; None: none
     score_clip: float | None = None  # scores are clipped to ± this; None: off
     seed: int = 1  # of everything: same seed, same run
 
@@ -297,7 +297,7 @@ class Prompt:
 class Rollout:
     """The replies of one update and all that is known of them, on the CPU. Micro-batches go to the device one by one.
 
-    What is None at first is filled in by the steps of an update, in the order of the fields.
+    What is None at first is filled in by the steps of an update.
     """
     queries: Tensor  # [B, P] int, prompt tokens, left-padded
     query_mask: Tensor  # [B, P] bool, False on that padding
@@ -314,7 +314,7 @@ class Rollout:
     advantages: Tensor = None  # [B, T]
     returns: Tensor = None  # [B, T] what the critic's predictions should have been
     token_weights: Tensor = None  # [B, T] weight of each token in the losses, 1 on average over a step
-    valid: Tensor = None  # [N] of a micro-batch: the places in the flattened [b, T] where the mask is True
+    valid: Tensor = None  # [n], only of a micro-batch: the places in the flattened [b, T] where the mask is True
 
     def replies(self) -> list:
         """The tokens of each reply, without padding."""
