@@ -637,8 +637,8 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
     """PPO eq. 9, negated: policy loss + c1 value loss - c2 entropy (+ β KL, PPO eq. 8, with kl_in = loss).
 
-    Loss and statistics are sums over the tokens of the micro-batch, in the losses with their weights. The sums of all
-    micro-batches, divided by the number of tokens in the step, are then the same however the step is cut.
+    Loss and statistics are sums over the tokens of the micro-batch; in the losses each token has its weight. Added up
+    over a step and divided by its number of tokens, they are the same however the step is cut into micro-batches.
     """
     mask = batch.mask
     weights = batch.token_weights
@@ -676,8 +676,8 @@ def ppo_update(
     """PPO, algorithm 1: several epochs of shuffled minibatches, an optimizer step each.
 
     Returns metrics: means over the valid tokens of all steps, and counts of the steps. A step whose loss or gradient is
-    not finite is left out, with its metrics, and counted. If a step finds the policy beyond target_kl, the update ends:
-    it is in the means, but is not taken.
+    not finite is left out, with its metrics, and counted. A step that finds the policy beyond target_kl ends the update
+    and is not taken; its metrics are in the means.
     """
     totals = defaultdict(float)  # sums over the tokens of all steps
     tokens = 0  # in all steps
@@ -732,7 +732,7 @@ class State:
     """Where a run stands, besides weights and optimizer. No random generator is in it: each update seeds them anew."""
     kl_coef: float  # β, which an adaptive controller moves
     update: int = 0  # finished updates; so also the place in the learning-rate schedule and in the prompts
-    skipped: int = 0  # steps that were not finite, in updates without any other, since the last update that had one
+    skipped: int = 0  # steps skipped in a row, as not finite, counted over the updates that took no step at all
 
 
 def ppo(
@@ -1257,7 +1257,7 @@ def load_critic(cfg: Config, tokenizer) -> nn.Module:
     return critic
 
 
-def fit_to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def fit_to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Move the model, and replace what is slow there by the same function in a faster form."""
     from transformers.activations import NewGELUActivation
 
@@ -1268,7 +1268,6 @@ def fit_to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
                 setattr(module, name, nn.GELU(approximate="tanh"))
     if device.type == "cpu" and (dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"):
         model.set_attn_implementation("eager")  # the fused kernel calls oneDNN for each tile: several times as slow
-    return model
 
 
 @torch.no_grad()
@@ -1307,7 +1306,7 @@ def make_actors(cfg: Config, model, tokenizer, device: torch.device, dtype: torc
         critic = copy.deepcopy(model) if cfg.critic_model is None else load_critic(cfg, tokenizer)
         fit_to_device(critic, device, dtype)
         check_model(Actor(model), critic)
-        critic.get_input_embeddings().sparse = False
+        critic.get_input_embeddings().sparse = False  # a copy of a policy that was trained before has it on
     actor = Actor(model, dtype, critic, cfg.critic_target == "action-value")
     if hasattr(critic, "score"):
         actor.value_head.weight.data.copy_(critic.score.weight)  # a reward model's one row, for V or for every Q
@@ -1523,7 +1522,7 @@ def read_config(run: Path | str) -> tuple[Config, dict]:
 
 
 def fingerprint(task: Task) -> dict[str, str]:
-    """What must be the same on a resume, beside the settings: another model must not become the reference unnoticed."""
+    """What must be the same on a resume, besides the settings: another model must not become the reference unseen."""
     weights = [torch.hash_tensor(x.cpu()).item() for x in task.ref.lm.state_dict().values()]
     prompts = [prompt.ids for prompt in task.prompts + task.held_out]
     content = {"initial model": weights, "prompts": prompts}
