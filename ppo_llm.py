@@ -102,7 +102,8 @@ def logprobs_from_logits(
 def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:  # [..., V] -> [...]
     """Entropy of the next-token distribution, in nats: 0 when it is certain, log V when it is uniform."""
     logprobs = F.log_softmax(logits / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    # Where a logit is -inf, p·log p is 0, its limit. Below -1000 p is 0 in any float type, so nothing else changes.
+    return -(logprobs.exp() * logprobs.clamp(min=-1000)).sum(-1)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:  # [B, T], [B, T] -> [B, T]
@@ -419,9 +420,10 @@ class Actor(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:  # [..., H] -> [..., V], at least float32
         """What the model's own forward makes of its last hidden states, scale and soft cap included."""
-        with self.autocast():
-            logits = self.lm.get_output_embeddings()(states * self.logit_scale)
-        logits = logits.to(self.value_head.weight.dtype)
+        # Outside autocast, which would round them: around -100 bfloat16 is 0.5 apart, and so would be the ratios' logs.
+        states = states.to(self.value_head.weight.dtype) * self.logit_scale
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self.lm.get_output_embeddings()(states)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
@@ -568,6 +570,9 @@ def decode(
     stopped = torch.zeros_like(alive, dtype=torch.bool)
     ids = queries
     cache = DynamicCache(config=actor.lm.config)
+    update = cache.update
+    # Under autocast rotary embeddings give keys in float32, and the cache would follow: twice the memory.
+    cache.update = lambda keys, values, *rest, **more: update(keys.to(values.dtype), values, *rest, **more)
     for t in range(T):
         states = actor.trunk(actor.lm.base_model, ids, attention[:, : queries.shape[1] + t], cache)
         logits = actor.logits(states[:, -1])  # [b, V]
@@ -794,7 +799,7 @@ def ppo(
             "episode": (state.update + 1) * cfg.batch_size,
             "lr": optimizer.param_groups[0]["lr"],
             "kl_coef": state.kl_coef,
-            **rollout_metrics(rollout, scores, parts, state.kl_coef),
+            **rollout_metrics(rollout, scores, parts, state.kl_coef, cfg),
             **stats,
             "time/generate": generated - started,
             "time/reward": scored - generated,
@@ -805,7 +810,7 @@ def ppo(
 
         state.update += 1
         state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
-        if cfg.kl_target is not None:
+        if cfg.kl_target is not None and not critic_only:  # until then there is no KL to control
             state.kl_coef = adaptive_kl_coef(
                 state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
             )
@@ -837,9 +842,9 @@ def draw_prompts(prompts: list, start: int, count: int, seed: int) -> list:
     return stream[first : first + count]
 
 
-def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
-    """Σ_t (log π - log π_ref) of each reply: k1, in nats. For one reply it may be negative, on average it is not."""
-    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs)
+def reply_kl(rollout: Rollout, kind: str = "k1") -> Tensor:  # -> [B]
+    """Σ_t KL_t of each reply, in nats. For one reply k1 may be negative, on average it is not."""
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind)
     return torch.where(rollout.mask, kl, 0.0).sum(1)
 
 
@@ -848,10 +853,11 @@ def rollout_metrics(
     scores: Tensor,  # [B]
     parts: dict[str, Tensor],  # [B] each
     kl_coef: float,
+    cfg: PPOConfig,
 ) -> dict[str, float]:
     """What the replies of an update were like: means over replies, or over valid tokens for what a token has."""
     mask = rollout.mask
-    kl = reply_kl(rollout)
+    penalty = reply_kl(rollout, cfg.kl_estimator) * (kl_coef if cfg.kl_in == "reward" else 0.0)
     returns = rollout.returns[mask]  # [N]
     residual = returns - rollout.predictions[mask]
     explained = 1 - residual.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
@@ -859,9 +865,9 @@ def rollout_metrics(
     metrics = {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(correction=0),
-        "objective/kl": kl.mean(),
-        "objective/non_score_reward": -kl_coef * kl.mean(),
-        "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
+        "objective/kl": reply_kl(rollout).mean(),
+        "objective/non_score_reward": -penalty.mean(),
+        "objective/rlhf_reward": (scores - penalty).mean(),
         **{f"rewards/{name}": part.nanmean() for name, part in parts.items() if part.isfinite().any()},
         "prompt/length": rollout.query_mask.sum(1).float().mean(),
         "reply/length": mask.sum(1).float().mean(),
@@ -885,6 +891,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -892,9 +899,11 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import textwrap
 import threading
 import traceback
+import typing
 from pathlib import Path
 
 Reward = Callable[..., list[float]]  # f(prompts, completions, **columns), as in TRL's GRPOTrainer
@@ -920,7 +929,7 @@ def in_one_line(what: str, error: type = UsageError):
     except (UsageError, RunError):
         raise
     except Exception as e:
-        reason = str(e).strip().partition("\n")[0]
+        reason = textwrap.shorten(str(e), 400)
         if not isinstance(e, ValueError):
             reason = f"{type(e).__name__}: {reason}"
         raise error(f"{what}: {reason}") from e
@@ -939,7 +948,7 @@ class RunConfig:
     prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and reward columns; None: a demo
     reward: tuple[str, ...] = ()  # FILE.py:FUNCTION or MODULE:FUNCTION, f(prompts, completions, **columns) -> floats
     reward_model: tuple[str, ...] = ()  # hub names or folders of sequence classifiers that score prompt and reply
-    reward_label: str | None = None  # the label that scores, of a reward model with several; None: it has one
+    reward_label: str | None = None  # the label that scores, of reward models with several; None: they have one
     reward_weights: tuple[float, ...] | None = None  # of --reward, then --reward-model; 0 measures only; None: all 1
     eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
     max_prompt_length: int | None = None  # longer prompts, in tokens, are dropped and counted; None: all must fit
@@ -972,7 +981,12 @@ class Config(PPOConfig, RunConfig):  # in this order dataclasses, and so --help,
     """
 
     def check(self) -> None:
-        """Raise UsageError for the first setting that cannot be."""
+        """Raise ValueError for the first setting that cannot be."""
+        hints = typing.get_type_hints(Config)
+        for field in dataclasses.fields(self):
+            x = getattr(self, field.name)
+            if not is_of_type(x, hints[field.name]):
+                raise ValueError(f"--{field.name.replace('_', '-')} {x!r}: expected {field.type}")
         B = self.batch_size
         counts = "num_updates batch_size num_ppo_epochs num_mini_batches micro_batch_size response_length"
         positive = "temperature learning_rate critic_lr kl_target kl_horizon max_grad_norm target_kl score_clip"
@@ -987,10 +1001,10 @@ class Config(PPOConfig, RunConfig):  # in this order dataclasses, and so --help,
             ("letters, digits and ._+- only", re.compile(r"[\w.+-]+").fullmatch, "name"),
             ("a file that exists", os.path.isfile, "prompts eval_prompts"),
             (f"a divisor of --batch-size {B}", lambda x: B % x == 0, "num_mini_batches samples_per_prompt"),
-            (f"at least --batch-size {B}", lambda x: x >= B, "kl_horizon"),
         ]
         if self.kl_target is not None:
             rules.append(("a number above 0 to start from, with --kl-target", lambda x: x > 0, "kl_coef"))
+            rules.append((f"at least --batch-size {B}, with --kl-target", lambda x: x >= B, "kl_horizon"))
         if self.kl_in == "loss":
             expected = "k2 or k3, with --kl-in loss: as a loss k1 has no gradient on average"
             rules.append((expected, lambda x: x != "k1", "kl_estimator"))
@@ -1000,7 +1014,27 @@ class Config(PPOConfig, RunConfig):  # in this order dataclasses, and so --help,
             for name in names.split():
                 x = getattr(self, name)
                 if x is not None and not is_right(x):
-                    raise UsageError(f"--{name.replace('_', '-')} {x}: expected {expected}")
+                    raise ValueError(f"--{name.replace('_', '-')} {x}: expected {expected}")
+
+
+def is_of_type(x, hint) -> bool:
+    """Whether x is of the type of a setting: a plain one, one of several, one of a few words, or a tuple."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return x in inner
+    if typing.get_origin(hint) is tuple:
+        return isinstance(x, tuple) and all(is_of_type(item, inner[0]) for item in x)
+    if inner:
+        return any(is_of_type(x, kind) for kind in inner)
+    return isinstance(x, (int, float) if hint is float else hint)
+
+
+def as_config(kind: type, settings: dict) -> Config:
+    """Settings as config.json keeps them: lists become tuples, paths text, numbers of NumPy Python's own. Checked."""
+    text = json.dumps(settings, default=lambda x: x.item() if hasattr(x, "item") else os.fspath(x))
+    cfg = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(text).items()})
+    cfg.check()
+    return cfg
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1009,15 +1043,17 @@ class Config(PPOConfig, RunConfig):  # in this order dataclasses, and so --help,
 
 
 def as_row(x: str | dict) -> dict:
-    """A prompt, or a row with one, as a row; ValueError if it is neither."""
+    """A prompt, or a row with one, as a row; ValueError if it is neither, or cannot be logged."""
     row = {"prompt": x} if isinstance(x, str) else x
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    if isinstance(prompt, str) and prompt.strip():
-        return row
+    is_right = isinstance(prompt, str) and prompt.strip()
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt):
-            return row
-    raise ValueError('expected a "prompt": a string that is not empty, or chat messages with "role" and "content"')
+        is_right = all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), (str, list)) for m in prompt)
+    if not is_right:
+        expected = 'expected a "prompt": a string that is not empty, or chat messages with "role" and "content"'
+        raise ValueError(f"{expected}, got {x!r:.100}")
+    json.dumps(row, ensure_ascii=False, default=str).encode()  # not with half a surrogate
+    return row
 
 
 def load_prompts(path: str) -> list[dict]:
@@ -1049,7 +1085,7 @@ def is_begun(text: str | list[dict]) -> bool:
     return not isinstance(text, str) and text[-1]["role"] == "assistant"
 
 
-def encode(tokenizer, rows: list[dict]) -> list[Prompt]:
+def encode(tokenizer, rows: list[dict], vocabulary: int) -> list[Prompt]:
     """Tokenize the prompts. Every row gets the columns of all rows, None where it lacks one."""
     columns = dict.fromkeys(key for row in rows for key in row)
     prompts = []
@@ -1058,9 +1094,12 @@ def encode(tokenizer, rows: list[dict]) -> list[Prompt]:
         if not isinstance(text, str) and not tokenizer.chat_template:
             raise UsageError("the prompts are chats and the model's tokenizer has no chat template: give strings")
         begun = is_begun(text)
-        ids = tokenize(tokenizer, text, add_generation_prompt=not begun, continue_final_message=begun)
-        if not ids:
-            raise UsageError(f"the prompt {text!r} has no token in this tokenizer")
+        with in_one_line(f"the prompt {text!r:.200}"):
+            ids = tokenize(tokenizer, text, add_generation_prompt=not begun, continue_final_message=begun)
+            if not ids:
+                raise ValueError("it has no token in this tokenizer")
+            if max(ids) >= vocabulary:
+                raise ValueError(f"its token {max(ids)} is none of the model's {vocabulary}: take the model's tokenizer")
         prompts.append(Prompt(ids, {key: row.get(key) for key in columns}))
     return prompts
 
@@ -1074,21 +1113,30 @@ def reply_text(tokenizer, prompt: Prompt, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_reward(spec: str) -> Reward:
-    """The function that `path/to/file.py:function` or `module:function` names."""
-    path, _, name = spec.rpartition(":")
-    expected = "expected FILE.py:FUNCTION or MODULE:FUNCTION"
-    with in_one_line(f"--reward {spec}: {expected}, and {path or 'nothing'} cannot be imported"):
-        if path.endswith(".py"):
-            module_spec = importlib.util.spec_from_file_location(path, path)
-            module = sys.modules[path] = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-        else:
-            sys.path.append(os.getcwd())
-            module = importlib.import_module(path)
-    if not callable(getattr(module, name, None)):
-        raise UsageError(f"--reward {spec}: {path} has no function {name}")
-    return getattr(module, name)
+def import_path(path: str):
+    """The module of a file, or of a name."""
+    if not path.endswith(".py"):
+        sys.path.append(os.getcwd())
+        return importlib.import_module(path)
+    spec = importlib.util.spec_from_file_location(path, path)
+    module = sys.modules[path] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_rewards(specs: tuple[str, ...]) -> list[Reward]:
+    """The functions that `path/to/file.py:function` or `module:function` name. A file is run once for all of its."""
+    rewards = []
+    modules = {}
+    for spec in specs:
+        path, _, name = spec.rpartition(":")
+        expected = "expected FILE.py:FUNCTION or MODULE:FUNCTION"
+        with in_one_line(f"--reward {spec}: {expected}, and {path or 'nothing'} cannot be imported"):
+            modules[path] = modules.get(path) or import_path(path)
+        if not callable(getattr(modules[path], name, None)):
+            raise UsageError(f"--reward {spec}: {path} has no function {name}")
+        rewards.append(getattr(modules[path], name))
+    return rewards
 
 
 def join_reply(prompt: str | list[dict], completion: str | list[dict]) -> str | list[dict]:
@@ -1117,10 +1165,12 @@ def load_reward_model(
     if chat and not tokenizer.chat_template:
         raise UsageError(f"--reward-model {name}: the prompts are chat messages and its tokenizer has no chat template")
     columns = {label: column for column, label in model.config.id2label.items()}
-    label = cfg.reward_label if len(columns) > 1 else min(columns)
+    label = cfg.reward_label
+    if len(columns) == 1 and (label is None or len(cfg.reward_model) > 1):  # then the label is for the others
+        label = min(columns)
     if label not in columns:
         raise UsageError(f"--reward-label {label}: expected one of {', '.join(sorted(columns))}, the labels of {name}")
-    longest = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
+    longest = min(most_tokens(model), tokenizer.model_max_length)
     # A decoder scores the last token, and finds it in a batch by the pad token: without one, a text at a time.
     at_once = 1 if config.pad_token_id is None else cfg.replies_at_once
 
@@ -1176,8 +1226,8 @@ def call_rewards(rewards: dict[str, Reward], columns: dict[str, list]) -> dict[s
         if len(answers) != len(prompts):
             raise RewardError(f"reward {name}: expected {len(prompts)} numbers, one a completion, got {len(answers)}")
         for i, x in enumerate(answers):
-            x = x.item() if hasattr(x, "item") else x  # of NumPy and torch
-            if x is not None and not (isinstance(x, (int, float)) and math.isfinite(x)):
+            x = x.item() if getattr(x, "ndim", None) == 0 else x  # a number of NumPy or torch
+            if x is not None and not (isinstance(x, (int, float)) and abs(x) <= torch.finfo(torch.float32).max):
                 fail(f"gave {x!r:.100}, expected a finite number or None,", i)
             answers[i] = math.nan if x is None else float(x)
         parts[name] = torch.tensor(answers)
@@ -1215,6 +1265,11 @@ def load(auto_class: str, name: str, flag: str, cfg: Config):
     return model
 
 
+def most_tokens(model: nn.Module) -> float:
+    """Tokens that the model has positions for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def keep_freed_memory() -> None:
     """Stop glibc from giving freed tensors back to the system, or the next ones cost their page faults again.
 
@@ -1243,7 +1298,7 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, dtype)
 
 
-def load_critic(cfg: Config, tokenizer) -> nn.Module:
+def load_critic(cfg: Config, model: nn.Module, tokenizer) -> nn.Module:
     """What a separate critic starts from: a causal language model, or a decoder that scores, then with its head."""
     flag = f"--critic-model {cfg.critic_model}"
     architectures = load("Config", cfg.critic_model, "critic-model", cfg).architectures or [""]
@@ -1254,6 +1309,9 @@ def load_critic(cfg: Config, tokenizer) -> nn.Module:
         raise UsageError(f"{flag}: expected a decoder with a score head of one label")
     if load("Tokenizer", cfg.critic_model, "critic-model", cfg).get_vocab() != tokenizer.get_vocab():
         raise UsageError(f"{flag}: its vocabulary is not the policy's, whose tokens it reads")
+    known, sampled = (m.get_input_embeddings().weight.shape[0] for m in (critic, model))
+    if known < sampled:
+        raise UsageError(f"{flag}: it embeds {known} tokens, and the policy samples from {sampled}")
     return critic
 
 
@@ -1294,16 +1352,15 @@ def check_model(actor: Actor, model: nn.Module) -> None:
             raise ValueError("left-padded, with a cache or through its head, its output is not that of its own forward")
 
 
-def make_actors(cfg: Config, model, tokenizer, device: torch.device, dtype: torch.dtype) -> tuple[Actor, Actor]:
-    """The policy with its critic, and the frozen reference."""
+def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.dtype) -> tuple[Actor, Actor]:
+    """The policy with its critic, and the frozen reference. critic: where a separate one starts; None: the policy."""
     if model.dtype in (torch.bfloat16, torch.float16):
         model.float()  # half-precision weights would lose most of AdamW's small steps
     fit_to_device(model, device, dtype)
     check_model(Actor(model), model)
     ref = Actor(copy.deepcopy(model), dtype).requires_grad_(False)
-    critic = None
     if cfg.critic == "separate":
-        critic = copy.deepcopy(model) if cfg.critic_model is None else load_critic(cfg, tokenizer)
+        critic = critic or copy.deepcopy(model)
         fit_to_device(critic, device, dtype)
         check_model(Actor(model), critic)
         critic.get_input_embeddings().sparse = False  # a copy of a policy that was trained before has it on
@@ -1321,7 +1378,8 @@ def make_actors(cfg: Config, model, tokenizer, device: torch.device, dtype: torc
         if not layers:
             raise UsageError(f"--gradient-checkpointing: {type(model).__name__} has no layers for it; leave it out")
         for layer in layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            forward = functools.partial(type(layer).forward, layer)  # not layer.forward, which may be wrapped already
+            layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     return actor, ref
 
 
@@ -1353,12 +1411,13 @@ class Task:
 
 def pick_prompts(
     cfg: Config,
+    model: nn.Module,
     tokenizer,
     limit: float,
     prompts: list | None,
     eval_prompts: list | None,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and held-out ones, from the arguments or the files. limit: tokens that the model takes."""
+    """Prompts to train on and held-out ones, from the arguments or the files. limit: tokens that the models take."""
     with in_one_line("the prompts"):
         rows = [as_row(x) for x in prompts] if prompts else load_prompts(cfg.prompts)
         held_out = [as_row(x) for x in eval_prompts or []]
@@ -1368,7 +1427,7 @@ def pick_prompts(
         rows = random.Random(cfg.seed).sample(rows, len(rows))
         share = min(64, len(rows) // 10)
         held_out, rows = rows[:share], rows[share:]
-    encoded = encode(tokenizer, held_out + rows)
+    encoded = encode(tokenizer, held_out + rows, model.get_input_embeddings().weight.shape[0])
     allowed = cfg.max_prompt_length or math.inf
     kept_out = [prompt for prompt in encoded[: len(held_out)] if len(prompt.ids) <= allowed]
     kept = [prompt for prompt in encoded[len(held_out) :] if len(prompt.ids) <= allowed]
@@ -1381,7 +1440,7 @@ def pick_prompts(
     longest = max(len(prompt.ids) for prompt in kept + kept_out)
     if longest + cfg.response_length > limit:
         raise UsageError(
-            f"--response-length {cfg.response_length}: the model takes {limit} tokens in all and prompts have up to "
+            f"--response-length {cfg.response_length}: the models take {limit} tokens in all and prompts have up to "
             f"{longest}; shorten the replies, or drop long prompts by --max-prompt-length"
         )
     return kept, kept_out
@@ -1401,14 +1460,18 @@ def pick_stop_ids(cfg: Config, model: nn.Module, tokenizer) -> list[int]:
 
 def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Task:
     """All that training needs, checked: what is wrong is told before anything is written."""
+    from transformers import GenerationConfig
+
     device, dtype = pick_device(cfg)
     seed_everything(cfg.seed)
     if model is None and cfg.model is None:
+        if not isinstance(cfg, Demo):
+            raise UsageError("a model is needed: give one; the demo is train(Demo())")
         if cfg.prompts or cfg.eval_prompts or cfg.reward or cfg.reward_model or prompts or reward:
             raise UsageError("prompts and rewards need a model: give --model too")
         model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
     else:
-        rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
+        rewards = [reward] if callable(reward) else list(reward or load_rewards(cfg.reward))
         if not (prompts or cfg.prompts) or not (rewards or cfg.reward_model):
             raise UsageError(
                 "a model needs prompts and a reward: give --prompts FILE and --reward FILE.py:FUNCTION, "
@@ -1418,18 +1481,29 @@ def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Tas
             raise UsageError("a model needs its tokenizer: pass both")
         model = load("ModelForCausalLM", cfg.model, "model", cfg) if model is None else model
         tokenizer = load("Tokenizer", cfg.model, "model", cfg) if tokenizer is None else tokenizer
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    train_prompts, held_out = pick_prompts(cfg, tokenizer, limit, prompts, eval_prompts)
+    if model.generation_config is None:  # then transformers could not save it
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    critic = load_critic(cfg, model, tokenizer) if cfg.critic_model else None
+    limit = min(most_tokens(model), most_tokens(critic or model))
+    train_prompts, held_out = pick_prompts(cfg, model, tokenizer, limit, prompts, eval_prompts)
     chat = any(not isinstance(prompt.row["prompt"], str) for prompt in train_prompts + held_out)
     rewards += [load_reward_model(name, chat, device, dtype, cfg) for name in cfg.reward_model]
     weights = (1.0,) * len(rewards) if cfg.reward_weights is None else cfg.reward_weights
     if len(weights) != len(rewards):
         raise UsageError(f"--reward-weights: expected {len(rewards)} of them, one a reward, got {len(weights)}")
     names = [getattr(f, "__name__", type(f).__name__) for f in rewards]
-    names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    stop_ids = pick_stop_ids(cfg, model, tokenizer)
-    actor, ref = make_actors(cfg, model, tokenizer, device, dtype)
+    if len(set(names)) < len(names):
+        names = [f"{name}_{i}" for i, name in enumerate(names)]
     rewards = dict(zip(names, rewards))
+    for name, function in rewards.items():
+        if inspect.iscoroutinefunction(function):
+            raise UsageError(f"the reward {name} is an async function: expected one that returns a list of numbers")
+    stop_ids = pick_stop_ids(cfg, model, tokenizer)
+    with in_one_line("the model cannot be saved, as it will have to be"), tempfile.TemporaryDirectory() as folder:
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(folder)
+    with in_one_line(f"--device {device}"):
+        actor, ref = make_actors(cfg, model, critic, device, dtype)
     return Task(actor, ref, tokenizer, train_prompts, held_out, rewards, tuple(weights), stop_ids)
 
 
@@ -1438,7 +1512,9 @@ def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Tas
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-MAY_CHANGE = "num_updates save_every micro_batch_size gradient_checkpointing device resume".split()  # on a resume
+MAY_CHANGE = (  # on a resume
+    "num_updates save_every micro_batch_size gradient_checkpointing device trust_remote_code resume".split()
+)
 
 
 def write_log(run: Path, board, metrics: dict[str, float], samples: list[dict]) -> None:
@@ -1482,10 +1558,13 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("[0-9]*"))
 
 
-def how_to_resume(run: Path) -> str:
+def how_to_resume(run: Path, from_python: bool) -> str:
+    command = f"python ppo_llm.py --resume {run}"
+    if from_python:
+        command = f"train(dataclasses.replace(cfg, resume={str(run)!r}), ...) with all that it was called with"
     if not checkpoints(run):
-        return f"there is no checkpoint yet (see --save-every): python ppo_llm.py --resume {run} begins anew"
-    return f"to go on from {checkpoints(run)[-1]}: python ppo_llm.py --resume {run}"
+        return f"there is no checkpoint yet (see --save-every): {command} begins anew"
+    return f"to go on from {checkpoints(run)[-1]}: {command}"
 
 
 def save_policy(task: Task, folder: Path) -> None:
@@ -1514,11 +1593,11 @@ def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, sta
 
 
 def read_config(run: Path | str) -> tuple[Config, dict]:
-    """The settings of a run, and all of its config.json."""
+    """The settings of a run, and the hashes of its model and prompts."""
     with in_one_line(f"--resume {run}: expected the folder of a run of this ppo_llm.py"):
         about = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-        settings = {name: tuple(x) if isinstance(x, list) else x for name, x in about["config"].items()}
-        return Config(**settings), about
+        kind = Demo if about["config"]["model"] is None else Config
+        return as_config(kind, about["config"]), dict(about["sha256"])
 
 
 def fingerprint(task: Task) -> dict[str, str]:
@@ -1559,9 +1638,12 @@ def refuse_changes(run: Path, there: dict, here: dict) -> None:
 
 def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer) -> State:
     """The state of the run's last checkpoint, with the logs cut back to it; the beginning if it has none."""
-    before, about = read_config(run)
+    before, hashes = read_config(run)
     refuse_changes(run, dataclasses.asdict(before), dataclasses.asdict(cfg))
-    refuse_changes(run, about["sha256"], fingerprint(task))
+    refuse_changes(run, hashes, fingerprint(task))
+    if cfg.num_updates != before.num_updates and cfg.lr_scheduler_type != "constant":
+        spread = f"is spread over {cfg.num_updates} updates now instead of {before.num_updates}, so it jumps"
+        print(f"The {cfg.lr_scheduler_type} decay of the learning rate {spread}")
     state = State(cfg.kl_coef)
     sizes = dict.fromkeys(LOGS, 0)
     if checkpoints(run):
@@ -1726,7 +1808,7 @@ def train(
     tokenizer=None,
     eval_prompts: list | None = None,
 ) -> Path:
-    """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(Config(**DEMO)).
+    """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(Demo()).
 
     prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
     f(prompts, completions, **columns) -> list of floats. model, tokenizer: of transformers; this model is trained.
@@ -1737,7 +1819,11 @@ def train(
 
     logging.set_verbosity_error()  # one progress bar, ours
     logging.disable_progress_bar()
-    cfg.check()
+    with in_one_line("the settings"):
+        cfg = as_config(type(cfg), vars(cfg))
+    if cfg.resume:
+        read_config(cfg.resume)  # before models are loaded: is it a run at all?
+    from_python = any(x is not None for x in (prompts, reward, model, tokenizer, eval_prompts))
     subject = "demo" if model is None else type(model).__name__
     if cfg.model is not None:
         subject = Path(cfg.model).name
@@ -1774,21 +1860,25 @@ def train(
                 if state.skipped >= 3:
                     steps = f"{state.skipped} optimizer steps in a row, up to update {state.update}"
                     raise RunError(f"loss or gradient were not finite in {steps}, with a mean score of {score:.3g}")
-                due = cfg.save_every and (state.update % cfg.save_every == 0 or state.update == cfg.num_updates)
-                if due or asked:
+                # The end of a run with checkpoints is one too: a resume must not go back to what was before it.
+                at_end = state.update == cfg.num_updates and (cfg.save_every or checkpoints(run))
+                if asked or at_end or (cfg.save_every and state.update % cfg.save_every == 0):
                     save_checkpoint(run, task, optimizer, state)
                 if asked:
                     bar.close()
                     name = signal.Signals(asked[0]).name
-                    print(f"Stopped by {name} after update {state.update}; {how_to_resume(run)}")
+                    print(f"Stopped by {name} after update {state.update}; {how_to_resume(run, from_python)}")
                     raise KeyboardInterrupt(*asked)
             write_log(run, board, *evaluate_held_out(task, cfg, state.update))
             with all_or_nothing(run / "policy") as folder:
                 save_policy(task, folder)
-    except (RunError, FloatingPointError) as e:
+    except (RunError, FloatingPointError, torch.OutOfMemoryError) as e:
         if isinstance(e, RewardError) and state.update > 0:
             save_checkpoint(run, task, optimizer, state)
-        raise RunError(f"{e}; {how_to_resume(run)}") from e
+        reason = str(e)
+        if isinstance(e, torch.OutOfMemoryError):
+            reason = "out of memory: give a smaller --micro-batch-size, or --gradient-checkpointing"
+        raise RunError(f"{reason}; {how_to_resume(run, from_python)}") from e
     seconds["the rest"] = time.perf_counter() - started - sum(seconds.values())
     report(run, seconds, task.actor.device)
     return run
@@ -1806,17 +1896,20 @@ ADVERBS = "rather very".split()
 LINKS = "and but".split()
 CLAUSE = f"the ({'|'.join(NOUNS)}) ({'|'.join(VERBS)})( ({'|'.join(ADVERBS)}))? ({'|'.join(GOOD + BAD)})"
 REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
-DEMO = dict(
-    num_updates=20,
-    response_length=24,
-    missing_eos_penalty=3.0,
-    kl_coef=0.3,
-    learning_rate=1e-3,
-    target_kl=0.05,
-    lr_scheduler_type="linear",
-    warmup_updates=3,
-    reward_weights=(1.0, 0.0),  # of sentiment and fluency
-)
+
+
+@dataclass(frozen=True)
+class Demo(Config):
+    """The settings of the demo."""
+    num_updates: int = 20
+    response_length: int = 24
+    missing_eos_penalty: float | None = 3.0
+    kl_coef: float = 0.3
+    learning_rate: float = 1e-3
+    target_kl: float | None = 0.05
+    lr_scheduler_type: str = "linear"
+    warmup_updates: int = 3
+    reward_weights: tuple[float, ...] | None = (1.0, 0.0)  # of sentiment and fluency
 
 
 def sentiment(prompts: list[str], completions: list[str], **columns) -> list[float]:
@@ -1894,10 +1987,12 @@ def parse(argv: list[str]) -> Config:
 
     cfg = tyro.cli(Config, args=argv)
     if cfg.resume is not None:
-        return tyro.cli(Config, args=argv, default=read_config(cfg.resume)[0])
+        before, _ = read_config(cfg.resume)
+        # Code of somebody else's model is run if this command says so, not if the folder does.
+        return tyro.cli(type(before), args=argv, default=dataclasses.replace(before, trust_remote_code=False))
     if cfg.model is None:
-        cfg = tyro.cli(Config, args=argv, default=Config(**DEMO))
-        flags = " ".join(f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in DEMO)
+        cfg = tyro.cli(Demo, args=argv)
+        flags = " ".join(f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in Demo.__annotations__)
         flags = re.sub("[(),]", "", flags)  # tuples as the command line takes them
         text = f"The demo, with settings of its own where --help shows other defaults: {flags}"
         print(textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent="  ", break_on_hyphens=False))

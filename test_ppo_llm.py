@@ -196,6 +196,17 @@ def test_logprobs_and_entropy_from_logits(row, temperature, shift):
     assert error(P.entropy_from_logits(uniform), math.log(V)) < 1e-12
 
 
+def test_a_token_that_cannot_come_adds_nothing_to_the_entropy():
+    """A logit of -inf: 0·log 0 is 0, its limit, and the gradient is that of the other tokens."""
+    logits = real([1.0, -math.inf, 0.3]).requires_grad_()
+    others = real([1.0, 0.3]).requires_grad_()
+    entropy = P.entropy_from_logits(logits)
+    expected = P.entropy_from_logits(others)
+    assert error(entropy, expected) < 1e-12
+    slope = gradient(expected, others)
+    assert error(gradient(entropy, logits), [slope[0], 0, slope[1]]) < 1e-12
+
+
 @given(st.data(), st.integers(2, 5))
 def test_kl_estimators_are_unbiased_by_enumeration(data, V):
     """E over tokens from π: k1 and k3 give KL(π ‖ ref) = E[d] exactly, k2 gives E[d²]/2, where d = log π - log ref.
@@ -555,7 +566,8 @@ def tiny(kind="gpt2", V=7, seed=0, **settings):
     torch.manual_seed(seed)
     settings |= dict(vocab_size=V, bos_token_id=None, eos_token_id=STOP)
     if kind == "gpt2":
-        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3, **settings)
+        settings = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3) | settings
+        config = GPT2Config(**settings)
         return GPT2LMHeadModel(config).double()
     settings |= dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
     config = LlamaConfig(max_position_embeddings=32, initializer_range=0.4, **settings)
@@ -868,6 +880,17 @@ def test_bfloat16_is_for_matrix_products_only():
     assert {p.dtype for p in rounded.parameters()} == {torch.float32}
 
 
+def test_logits_are_not_rounded_to_bfloat16():
+    """Logits around -100, as GPT-2 has them: bfloat16 numbers are 0.5 apart there, log-probabilities would err by 0.1."""
+    actor = P.Actor(tiny().float(), torch.bfloat16)
+    head = actor.lm.get_output_embeddings().weight.data
+    head[:, 0] = -1
+    states = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    states[:, 0] = 100
+    exact = (states.double() @ head.double().T).log_softmax(1)
+    assert error(actor.logits(states).detach().log_softmax(1), exact) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_refused(dtype):
     with pytest.raises(ValueError, match=f"weights in {dtype}: expected float32"):
@@ -898,6 +921,16 @@ def test_a_rollout_rounds_each_weight_once():
     del casts[None]
     assert len(casts) > 4
     assert set(casts.values()) == {1}
+
+
+def test_the_cache_holds_what_matrix_products_read(monkeypatch):
+    """Under autocast rotary embeddings return float32, and a cache that keeps it takes twice the memory."""
+    from transformers import DynamicCache
+
+    kept = watched(monkeypatch, DynamicCache, "update", lambda cache, keys, values, *_, **__: (keys.dtype, values.dtype))
+    actor = P.Actor(model_of("Llama"), torch.bfloat16)
+    P.generate(actor, *prompts_of([2] * 4), [], settings_of())
+    assert set(kept) == {(torch.bfloat16, torch.bfloat16)}
 
 
 # ------------------------------------------------------------------------------------------------------- 4. the rollout
@@ -1050,15 +1083,32 @@ def test_advantages_are_their_parts_in_order(data, mask, cfg):
     assert error(rollout.returns, returns) < 1e-12
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_reward_in_the_metrics_is_the_one_that_was_used(estimator):
+    """`rlhf_reward` is the mean sum of the token rewards, `non_score_reward` what of it is no score: the penalty by any
+    estimator, or nothing while KL is in the loss."""
+    for kl_in in ("reward", "loss"):
+        cfg = settings_of(kl_in=kl_in, kl_estimator=estimator, kl_coef=0.3)
+        _, _, rollout = experience(cfg=cfg)
+        kl = P.kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator)
+        scores = torch.arange(8, dtype=REAL)
+        rewards = P.token_rewards(scores, kl, rollout.mask, 0.3 if kl_in == "reward" else 0.0)
+        metrics = P.rollout_metrics(rollout, scores, {}, 0.3, cfg)
+        mean = float(rewards.sum(1).mean())
+        assert metrics["objective/rlhf_reward"] == pytest.approx(mean, abs=1e-9)
+        assert metrics["objective/non_score_reward"] == pytest.approx(mean - 3.5, abs=1e-9)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_metrics_are_means_over_the_valid_tokens(seed):
     """Against brute force: the entropy is that of the bare model, KL is summed over a reply and averaged over
     replies. A part of the score that does not apply to a reply counts neither way, one that applies to none is left
     out."""
-    actor, _, rollout = experience(seed=seed)
+    cfg = settings_of()
+    actor, _, rollout = experience(seed=seed, cfg=cfg)
     rollout.sampler_logprobs += torch.randn(rollout.mask.shape, dtype=REAL)  # gaps of both signs
     parts = {"length": torch.ones(8), "half": real([1.0, math.nan] * 4), "never": real([math.nan] * 8)}
-    metrics = P.rollout_metrics(rollout, torch.arange(8, dtype=REAL), parts, 0.5)
+    metrics = P.rollout_metrics(rollout, torch.arange(8, dtype=REAL), parts, 0.5, cfg)
     entropies, kl = [], []
     for prompt, reply, said in each_reply_and_its_numbers(rollout):
         log_pi = distributions(actor.lm, prompt, reply, 0.8)[:-1]
@@ -1469,7 +1519,7 @@ def test_garbage_in_the_padding_changes_no_step_and_no_metric(garbage, micro):
                 setattr(rollout, name, getattr(rollout, name).masked_fill(~rollout.mask, garbage))
             rollout.queries = rollout.queries.masked_fill(~rollout.query_mask, 6)
             rollout.responses = rollout.responses.masked_fill(~rollout.mask, 5)
-        metrics = P.rollout_metrics(rollout, torch.arange(8.0), {}, 0.5)
+        metrics = P.rollout_metrics(rollout, torch.arange(8.0), {}, 0.5, cfg)
         metrics |= ppo_steps(actor, rollout, cfg, lr=0.05)
         outcomes.append((weights_of(actor), metrics))
     assert not rollout.mask.all()
@@ -1701,8 +1751,9 @@ MUSEUM = {
     ),
     "logits that stay in the type of matrix products: noise in ratio, KL and entropy (MiniMax-M1)": (
         "Actor.logits",
-        {"logits = logits.to(self.value_head.weight.dtype)": ""},
+        {"with torch.autocast(self.device.type, enabled=False)": "with self.autocast()"},
         test_bfloat16_is_for_matrix_products_only,
+        test_logits_are_not_rounded_to_bfloat16,
     ),
     "replies as text, encoded again: two spellings of a text are two token sequences": (
         "fill_logprobs_and_values",
@@ -1922,7 +1973,7 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-REWARDS = """
+REWARDS = """import numpy
 def answers(prompts, completions, **columns):
     return [float(a) for a in columns['answer']]
 def words(prompts, completions, **columns):
@@ -1935,6 +1986,14 @@ def number(prompts, completions, **columns):
     return 1.0
 def nan(prompts, completions, **columns):
     return [float('nan')] * len(prompts)
+def pairs(prompts, completions, **columns):
+    return numpy.zeros((len(prompts), 2))
+def huge(prompts, completions, **columns):
+    return [10 ** 400] * len(prompts)
+def wide(prompts, completions, **columns):
+    return [1e39] * len(prompts)
+async def later(prompts, completions, **columns):
+    return [1.0] * len(prompts)
 """
 FILES = {  # as a user has them, most of them wrong
     "prompts.txt": "t1 t3\nt4\n\nt5 t1 t1\n",
@@ -1946,6 +2005,9 @@ FILES = {  # as a user has them, most of them wrong
     "blank.jsonl": '{"prompt": "t1"}\n\n{"prompt": " "}\n',
     "list.jsonl": '["t1"]\n',
     "roles.jsonl": '{"prompt": [{"text": "t1"}]}\n',
+    "null.jsonl": '{"prompt": [{"role": "assistant", "content": null}]}\n',
+    "half.jsonl": '{"prompt": "t1"}\n{"prompt": "t1 \\ud83d"}\n',
+    "column.jsonl": '{"prompt": "t1", "answer": "\\ud83d"}\n',
     "chat.jsonl": '{"prompt": [{"role": "user", "content": "t1"}]}\n',
     "long.txt": "t1 " * 40 + "\n",
     "broken.py": "import nothing_of_this_name\n",
@@ -2005,9 +2067,14 @@ def files(tmp_path_factory):
         "judge": model_of("Llama", 0, "ForSequenceClassification"),
         "mamba": letters_model("Mamba"),
         "layerless": letters_model("GPTNeoXJapanese"),
+        "narrow": tiny(V=4).float(),
+        "short": tiny(n_positions=8).float(),
+        "single": letters_model("Llama", "ForSequenceClassification"),
+        "strict": tiny().float(),
     }
     for name, model in models.items():
         save(folder / name, model, words_tokenizer())
+    (folder / "strict" / "chat_template.jinja").write_text("{{ raise_exception('only the system may speak') }}")
     save(folder / "letters", letters_model(), letters_tokenizer())
     for name in ("cut", "custom"):
         shutil.copytree(folder / "model", folder / name)
@@ -2053,7 +2120,9 @@ def short_run(folder, **changes):
 
 def made(model, **changes):
     """The actor that a run with these settings trains."""
-    return P.make_actors(Config(**changes), model, words_tokenizer(), CPU, torch.float32)[0]
+    cfg = Config(**changes)
+    critic = P.load_critic(cfg, model, words_tokenizer()) if cfg.critic_model else None
+    return P.make_actors(cfg, model, critic, CPU, torch.float32)[0]
 
 
 # --------------------------------------------------------------------------------------------- 7. the settings of a run
@@ -2079,7 +2148,7 @@ BAD = {  # what is added to the sound command: what the one line says
     "--critic-lr 0": "--critic-lr 0.0: expected a number above 0",
     "--kl-coef -1": "--kl-coef -1.0: expected 0 or more",
     "--kl-coef 0 --kl-target 6": "--kl-coef 0.0: expected a number above 0 to start from",
-    "--kl-horizon 100": "--kl-horizon 100.0: expected at least --batch-size 128",
+    "--kl-target 6 --kl-horizon 100": "--kl-horizon 100.0: expected at least --batch-size 128",
     "--kl-in loss": "--kl-estimator k1: expected k2 or k3, with --kl-in loss",
     "--seed -1": "--seed -1: expected 0 or more",
     "--name a/b": "--name a/b: expected letters, digits and ._+- only",
@@ -2100,11 +2169,14 @@ BAD = {  # what is added to the sound command: what the one line says
     "--model custom": "--model custom: it comes with code of its own: give --trust-remote-code",
     "--model layerless --gradient-checkpointing": "GPTNeoXJapaneseForCausalLM has no layers",
     "--stop-token 't1 t2'": "--stop-token 't1 t2': expected one token of this tokenizer, got 2",
-    "--response-length 30": "--response-length 30: the model takes 32 tokens in all and prompts have up to 3",
+    "--response-length 30": "--response-length 30: the models take 32 tokens in all and prompts have up to 3",
+    "--model narrow": "is none of the model's 4: take the model's tokenizer",
     "--critic-model judge": "--critic shared: expected separate, with --critic-model",
     "--critic separate --critic-model judge": "expected a decoder with a score head of one label",
     "--critic separate --critic-model letters": "its vocabulary is not the policy's",
     "--critic separate --critic-model mamba": "MambaForCausalLM cannot be trained here",
+    "--critic separate --critic-model short": "--response-length 8: the models take 8 tokens in all",
+    "--critic separate --critic-model narrow": "--critic-model narrow: it embeds 4 tokens, and the policy samples from 7",
     # Prompts.
     "--prompts None": "give --prompts FILE and --reward FILE.py:FUNCTION",
     "--prompts nowhere.txt": "--prompts nowhere.txt: expected a file that exists",
@@ -2116,7 +2188,11 @@ BAD = {  # what is added to the sound command: what the one line says
     "--prompts blank.jsonl": 'blank.jsonl, line 3: expected a "prompt"',
     "--prompts list.jsonl": 'list.jsonl, line 1: expected a "prompt"',
     "--prompts roles.jsonl": 'roles.jsonl, line 1: expected a "prompt"',
+    "--prompts null.jsonl": 'null.jsonl, line 1: expected a "prompt"',
+    "--prompts half.jsonl": "half.jsonl, line 2: 'utf-8' codec can't encode",
+    "--prompts column.jsonl": "column.jsonl, line 1: 'utf-8' codec can't encode",
     "--prompts chat.jsonl": "tokenizer has no chat template",
+    "--model strict --prompts chat.jsonl": "'content': 't1'}]: TemplateError: only the system may speak",
     "--eval-prompts bad.jsonl": "bad.jsonl, line 2",
     "--model letters --prompts long.txt": "drop long prompts by --max-prompt-length",
     "--prompts long.txt --max-prompt-length 3": "leaves no prompt to train on",
@@ -2132,6 +2208,8 @@ BAD = {  # what is added to the sound command: what the one line says
     "--reward-model ./nowhere": "--reward-model ./nowhere",
     "--reward-model judge": "--reward-label None: expected one of LABEL_0, LABEL_1",
     "--reward-model judge --reward-label x": "--reward-label x: expected one of LABEL_0, LABEL_1",
+    "--reward-model single --reward-label x": "--reward-label x: expected one of LABEL_0, the labels of single",
+    "--reward rewards.py:later": "the reward later is an async function",
 }
 BAD_REWARDS = {
     "text": "reward text gave 'much', expected a finite number or None, for the prompt 't",
@@ -2139,6 +2217,9 @@ BAD_REWARDS = {
     "short": "reward short: expected 128 numbers, one a completion, got 1",
     "answers": "reward answers failed at rewards.py:3: KeyError: 'answer'",
     "nan": "reward nan gave nan, expected a finite number or None, for the prompt 't",
+    "pairs": "reward pairs gave array([0., 0.]), expected a finite number or None, for the prompt 't",
+    "huge": "reward huge gave 1000000",
+    "wide": "reward wide gave 1e+39, expected a finite number or None, for the prompt 't",
 }
 
 
@@ -2151,6 +2232,37 @@ def test_bad_input_is_refused_in_one_line(arguments, files, tmp_path, capsys, mo
     assert line.startswith("ppo_llm.py: ")
     assert BAD[arguments] in line
     assert not (tmp_path / "runs").exists()
+
+
+WRONG_TYPES = [
+    (dict(reward="rewards.py:words"), "--reward 'rewards.py:words': expected tuple[str, ...]"),
+    (dict(batch_size="8"), "--batch-size '8': expected int"),
+    (dict(critic="own"), "--critic 'own': expected Literal"),
+    (dict(reward_weights=(1, "2")), "--reward-weights (1, '2'): expected tuple[float, ...] | None"),
+    (dict(model=object()), "the settings: TypeError: expected str, bytes or os.PathLike object, not object"),
+]
+
+
+@pytest.mark.parametrize("changes, message", WRONG_TYPES)
+def test_a_setting_of_the_wrong_type_is_refused(changes, message, tmp_path):
+    """From Python too, where no command line has looked at it."""
+    with pytest.raises(P.UsageError, match=re.escape(message)):
+        P.train(Config(runs_dir=str(tmp_path), **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_json_writes_otherwise_are_the_same_on_a_resume(tmp_path):
+    """A list, a path, numbers of NumPy: the run trains, and goes on."""
+    import numpy
+
+    arguments = ["ab", "c"], [mean_length, mean_length], letters_model(), letters_tokenizer()
+    changes = dict(reward_weights=[1, 0.5], learning_rate=numpy.float32(0.5), save_every=numpy.int64(1))
+    cfg = short_run(tmp_path, runs_dir=tmp_path, **changes)
+    run = P.train(cfg, *arguments)
+    assert json.loads((run / "config.json").read_text())["config"]["learning_rate"] == 0.5
+    more = dataclasses.replace(cfg, resume=run, num_updates=2)
+    P.train(more, *arguments[:2], letters_model(), letters_tokenizer())
+    assert [row["update"] for row in metrics_of(run)] == [0, 1, 2, 2]
 
 
 @pytest.mark.parametrize("name", BAD_REWARDS)
@@ -2254,7 +2366,7 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
         {"prompt": "plain", "answer": 1, "level": "y"},
     ]
     tokenizer = letters_tokenizer(bos_token="<", chat_template=CHAT)
-    texts = [tokenizer.decode(p.ids).replace(" ", "") for p in P.encode(tokenizer, rows)]
+    texts = [tokenizer.decode(p.ids).replace(" ", "") for p in P.encode(tokenizer, rows, 48)]
     assert texts == ["<user>hi<assistant>", "<user>hi<assistant>ab", "plain"]
     cfg = short_run(tmp_path, batch_size=6, num_mini_batches=1)
     run = P.train(cfg, rows, reward, letters_model(), tokenizer)
@@ -2303,6 +2415,38 @@ def test_a_chat_in_parts_runs_to_its_end(tmp_path, capsys):
     chats = [{"prompt": [{"role": "user", "content": content}]} for content in parts]
     P.train(short_run(tmp_path), chats, mean_length, letters_model(), letters_tokenizer(chat_template=CHAT))
     assert "[{'type': 'text', 'text': '" in capsys.readouterr().out
+
+
+def test_rewards_of_one_file_share_it_and_each_has_a_name(files, tmp_path, monkeypatch, capsys):
+    """The file is run once. Where two names are the same, each gets its number, so that none hides another."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.py").write_text(
+        "print('the file is run')\n"
+        "def score(prompts, **columns): return [1.0] * len(prompts)\n"
+        "def score_0(prompts, **columns): return [2.0] * len(prompts)\n"
+    )
+    more = "--reward r.py:score r.py:score r.py:score_0 --reward-weights 1 10 100 --num-updates 1 --name x"
+    assert P.main(command(files, more)) == 0
+    assert capsys.readouterr().out.count("the file is run") == 1
+    first = metrics_of(Path("runs/x"))[1]
+    assert first["objective/scores"] == 211
+    names = {name: x for name, x in first.items() if name.startswith("rewards/")}
+    assert names == {"rewards/score_0": 1, "rewards/score_1": 1, "rewards/score_0_2": 2}
+
+
+def test_a_model_without_a_generation_config_trains(tmp_path):
+    lm = letters_model()
+    lm.generation_config = None
+    P.train(short_run(tmp_path), ["ab"], mean_length, lm, letters_tokenizer())
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_the_run(tmp_path):
+    """transformers refuses to save what it would warn about; after training it would be too late."""
+    lm = letters_model()
+    lm.generation_config.temperature = 0.5  # without do_sample
+    with pytest.raises(P.UsageError, match="the model cannot be saved, as it will have to be: .*temperature"):
+        P.train(short_run(tmp_path), ["ab"], mean_length, lm, letters_tokenizer())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path, capsys):
@@ -2450,7 +2594,7 @@ def test_where_products_go_to_onednn_attention_is_plain(precision, dtype):
     device, kind = P.pick_device(cfg)
     assert torch.get_float32_matmul_precision() == precision
     assert kind == getattr(torch, dtype)
-    actor, ref = P.make_actors(cfg, tiny().float(), words_tokenizer(), device, kind)
+    actor, ref = P.make_actors(cfg, tiny().float(), None, device, kind)
     torch.set_float32_matmul_precision("highest")
     to_onednn = precision == "medium" or dtype == "bfloat16"
     for model in (actor.lm, actor.critic_trunk, ref.lm):
@@ -2519,6 +2663,8 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tmp_path):
         weights.append(weights_of(lm))
     assert torch.equal(*weights)
     assert calls[True] == 2 * calls[False]
+    P.train(dataclasses.replace(cfg, name="again"), ["t1 t3", "t4"], mean_length, lm, words_tokenizer())
+    assert calls[True] == 4 * calls[False]  # a second run on the same model does not wrap its layers once more
 
 
 def test_every_gradient_is_dense():
@@ -2739,12 +2885,34 @@ def make_foreign(path):
     path.write_text('{"config": {"lr": 1}}')
 
 
+def make_text(path):
+    path.write_text('"config"')
+
+
+def lose_the_hashes(path):
+    path.write_text(path.read_text().replace('"sha256"', '"hashes"'))
+
+
+def mistype(path):
+    path.write_text(path.read_text().replace('"batch_size": 8', '"batch_size": "8"'))
+
+
 def name_another_model(path):
     path.write_text(path.read_text().replace('/model"', '/other"'))
 
 
 def name_other_prompts(path):
     path.write_text(path.read_text().replace("prompts.jsonl", "prompts.txt"))
+
+
+def test_a_resume_does_not_trust_remote_code_by_itself(stopped, files, capsys):
+    """The folder may be somebody else's: its config.json cannot switch it on, the command can."""
+    path = stopped / "config.json"
+    text = path.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true')
+    path.write_text(text.replace("/model\"", "/custom\""))
+    assert_refused(stopped, "", "it comes with code of its own: give --trust-remote-code if you trust it", capsys)
+    with pytest.raises(SystemExit, match="code of the model was run"):
+        resume(stopped, "--trust-remote-code")
 
 
 STATE = "checkpoints/000004/state.pt"
@@ -2756,6 +2924,9 @@ DAMAGE = [  # what is done to a file of the run, and what the one line says
     (cut, "config.json", "expected the folder of a run of this ppo_llm.py"),
     (Path.unlink, "config.json", "expected the folder of a run of this ppo_llm.py"),
     (make_foreign, "config.json", "expected the folder of a run of this ppo_llm.py"),
+    (make_text, "config.json", "expected the folder of a run of this ppo_llm.py"),
+    (lose_the_hashes, "config.json", "expected the folder of a run of this ppo_llm.py: KeyError"),
+    (mistype, "config.json", "expected the folder of a run of this ppo_llm.py: --batch-size '8': expected int"),
     (name_another_model, "config.json", "initial model was"),
     (name_other_prompts, "config.json", "prompts was"),
 ]
@@ -2794,12 +2965,29 @@ def test_a_complete_run_goes_on_with_more_updates_and_not_without(copied, capsys
     assert [row["update"] for row in metrics_of(copied)] == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
+def test_a_decay_that_jumps_on_a_resume_is_told(copied, capsys):
+    assert resume(copied, "--num-updates 6") == 0
+    told = "The linear decay of the learning rate is spread over 6 updates now instead of 5, so it jumps"
+    assert told in capsys.readouterr().out
+
+
+def test_a_run_that_has_checkpoints_gets_one_of_its_end(files, finished, tmp_path, capsys):
+    """Else a resume of the complete run would go on from an older one, and cut back what came after."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"save_every": 2', '"save_every": null'))
+    assert resume(run, "--num-updates 7") == 0
+    assert [path.name for path in P.checkpoints(run)] == ["000005", "000007"]
+    assert_refused(run, "--num-updates 7", COMPLETE, capsys)
+
+
 def test_a_complete_run_without_a_checkpoint_is_not_begun_anew(copied, capsys):
     shutil.rmtree(copied / "checkpoints")
     assert_refused(copied, "--num-updates 6", COMPLETE, capsys)
 
 
-@pytest.mark.parametrize("room", [100, 3000, 20000])
+@pytest.mark.parametrize("room", [3000, 20000])
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole(room, finished, stopped, capsys):
     """With files limited to `room` bytes, logs, state or weights cannot be written: exit status 1, and the run goes on
     once there is room."""
@@ -2881,6 +3069,14 @@ def test_half_precision_weights_become_float32(tmp_path):
     assert update["policy/ratio"] == pytest.approx(1, abs=0.02)
 
 
+def test_without_a_model_only_the_demo_runs(tmp_path):
+    """With its own settings, whoever calls it; those of any run would train it for 100 updates on its fluency too."""
+    with pytest.raises(P.UsageError, match=r"a model is needed: give one; the demo is train\(Demo\(\)\)"):
+        P.train(Config(runs_dir=str(tmp_path)))
+    assert P.Demo().reward_weights == (1.0, 0.0)
+    assert P.Demo(num_updates=3).missing_eos_penalty == 3.0
+
+
 def test_a_model_without_its_tokenizer_is_refused():
     with pytest.raises(P.UsageError, match="a model needs its tokenizer"):
         P.train(Config(), ["ab"], mean_length, letters_model())
@@ -2937,22 +3133,23 @@ def test_any_text_goes_through_any_encoding(files, tmp_path):
 
 def test_columns_weights_and_the_adaptive_coefficient(files, tmp_path, monkeypatch):
     """A function of a module in the working folder and a reward model are weighted in one score, and each is logged.
-    Columns reach the reward of their row, warm-up holds the policy, β follows the KL."""
+    Columns reach the reward of their row. Warm-up holds the policy, and β with it; then β follows the KL."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     more = (
         f"--reward my_rewards:answers --reward-model {files}/judge --reward-label LABEL_1 --reward-weights 0.5 -2 "
-        "--critic-warmup-updates 1 --kl-target 1e-9 --kl-horizon 100 --stop-token t3 --num-updates 2 --name x"
+        "--critic-warmup-updates 1 --kl-target 1e-9 --kl-horizon 100 --stop-token t3 --num-updates 3 --name x"
     )
     assert P.main(command(files, more)) == 0
-    first, second = metrics_of(tmp_path / "runs" / "x")[1:3]
+    first, second, third = metrics_of(tmp_path / "runs" / "x")[1:4]
     answers, judged = first["rewards/answers"], first["rewards/judge"]
     assert judged != 0
     assert first["objective/scores"] == pytest.approx(0.5 * answers - 2 * judged, abs=1e-5)
     assert first["policy/grad_norm"] == 0
     assert second["policy/grad_norm"] > 0
     assert second["objective/kl"] == pytest.approx(0, abs=1e-5)
-    assert second["kl_coef"] == pytest.approx(first["kl_coef"] * (1 - 0.2 * 8 / 100), abs=1e-9)
+    assert second["kl_coef"] == first["kl_coef"]
+    assert third["kl_coef"] == pytest.approx(first["kl_coef"] * (1 - 0.2 * 8 / 100), abs=1e-9)
     for sample in lines(tmp_path / "runs" / "x" / "samples.jsonl"):
         assert sample["prompt"] == f"t{sample['answer'] % 6} t1"
         assert "t3" not in sample["reply"].split()[:-1]
@@ -3002,6 +3199,23 @@ def test_steps_that_are_not_finite_are_left_out_and_then_end_the_run(tmp_path):
     rows = metrics_of(tmp_path / "x")[1:]
     assert [row["policy/skipped_steps"] for row in rows] == [0, 2, 0, 2, 2]
     assert [row["policy/steps"] for row in rows] == [2, 0, 2, 0, 0]
+
+
+def test_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
+    """With what helps against it. A run that Python called is told how Python goes on with it."""
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(P, "ppo_update", exhausted)
+    told = (
+        "out of memory: give a smaller --micro-batch-size, or --gradient-checkpointing; there is no checkpoint yet (see "
+        f"--save-every): train(dataclasses.replace(cfg, resume='{tmp_path}/x'), ...) with all that it was called with "
+        "begins anew"
+    )
+    with pytest.raises(P.RunError) as failure:
+        P.train(short_run(tmp_path), ["ab", "c"], mean_length, letters_model(), letters_tokenizer())
+    assert str(failure.value) == told
 
 
 def test_a_policy_that_has_diverged_ends_the_run(tmp_path):
@@ -3105,7 +3319,7 @@ def test_readme_commands_and_code_run(tmp_path, monkeypatch):
         if file:
             (tmp_path / file).write_text(f"# {code}")
     subprocess.run([sys.executable, "make_sums.py"], check=True)
-    exact = P.load_reward("sums.py:exact")
+    exact = P.load_rewards(["sums.py:exact"])[0]
     replies = [[{"role": "assistant", "content": text}] for text in ("3 + 4 = 7", "7 or 8", "")]
     assert exact(None, replies, ["7"] * 3) == [1, 0, 0]
 
