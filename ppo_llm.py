@@ -966,7 +966,7 @@ class RunConfig:
     save_every: int | None = None  # updates between checkpoints; None: only when interrupted or when a reward fails
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, not weights; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, not weights; auto: bfloat16 on GPUs with it
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; high: TF32, medium: oneDNN on CPUs
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one forward more
 
@@ -1291,7 +1291,8 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
             torch.cuda.set_device(device)  # so that nothing is put on the first GPU by default
     dtype = cfg.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if is_fast else "float32"
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     if device.type == "cpu":
         keep_freed_memory()
@@ -1319,6 +1320,8 @@ def fit_to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
     """Move the model, and replace what is slow there by the same function in a faster form."""
     from transformers.activations import NewGELUActivation
 
+    if model.base_model is model:  # Llama 4's text model, which names its trunk as the one that also sees does
+        model.base_model_prefix = "model"
     model.to(device)
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -1330,25 +1333,31 @@ def fit_to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def check_model(actor: Actor, model: nn.Module) -> None:
-    """Refuse a model whose states or logits, left-padded and with a cache, are not those of its own forward."""
+    """Refuse a model whose states or logits, computed as `decode` does, are not those of its own forward.
+
+    Of two rows, one is left-padded. Once the other is dropped, the tokens follow one by one.
+    """
     from transformers import DynamicCache
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, 7, device=actor.device).unsqueeze(0) % vocabulary
-    padded = F.pad(ids, (2, 0))
-    attention = F.pad(torch.ones_like(ids), (2, 0))
+    ids = (torch.arange(1, 9, device=actor.device) % vocabulary).repeat(2, 1)
+    attention = torch.ones_like(ids)
+    attention[1, :2] = 0
+    tolerance = 0.02 if actor.dtype == torch.float32 else 0.1
     with in_one_line(f"{type(model).__name__} cannot be trained here, use another kind of model"):
         cache = DynamicCache(config=model.config)
-        start = actor.trunk(model.base_model, padded[:, :5], attention[:, :5], cache)
-        cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=actor.device))  # as when replies have stopped
-        end = actor.trunk(model.base_model, padded[:, 5:], attention, cache)
-        ours = torch.cat([start, end], 1)[:, 2:]
-        if model is actor.lm:
-            ours = actor.logits(ours)
-            own = model(input_ids=ids).logits
-        else:
-            own = model.base_model(input_ids=ids).last_hidden_state
-        if not (own - ours).abs().max() < 0.02 * own.std():
+        states = [actor.trunk(model.base_model, ids[:, :5], attention[:, :5], cache)[1:, 2:]]
+        cache.reorder_cache(ids.new_tensor([1]))
+        for t in range(5, 8):
+            states.append(actor.trunk(model.base_model, ids[1:, t : t + 1], attention[1:, : t + 1], cache))
+        ours = torch.cat(states, 1)
+        with actor.autocast():
+            if model is actor.lm:
+                ours = actor.logits(ours)
+                own = model(input_ids=ids[1:, 2:]).logits
+            else:
+                own = model.base_model(input_ids=ids[1:, 2:]).last_hidden_state
+        if not (own - ours).abs().max() < tolerance * own.std():
             raise ValueError("left-padded, with a cache or through its head, its output is not that of its own forward")
 
 
@@ -1357,12 +1366,14 @@ def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.d
     if model.dtype in (torch.bfloat16, torch.float16):
         model.float()  # half-precision weights would lose most of AdamW's small steps
     fit_to_device(model, device, dtype)
-    check_model(Actor(model), model)
+    uses_flash = "flash" in model.config._attn_implementation  # it has no float32
+    checker = Actor(model, dtype if uses_flash else torch.float32)
+    check_model(checker, model)
     ref = Actor(copy.deepcopy(model), dtype).requires_grad_(False)
     if cfg.critic == "separate":
         critic = critic or copy.deepcopy(model)
         fit_to_device(critic, device, dtype)
-        check_model(Actor(model), critic)
+        check_model(checker, critic)
         critic.get_input_embeddings().sparse = False  # a copy of a policy that was trained before has it on
     actor = Actor(model, dtype, critic, cfg.critic_target == "action-value")
     if hasattr(critic, "score"):

@@ -715,6 +715,7 @@ MODELS = {  # kind: settings of its config
     "Gemma3": dict(text_config=WINDOW, vision_config=EYES),  # it also sees
     "Qwen3Moe": GROUPED | dict(head_dim=8) | EXPERTS,
 }
+MODELS_APART = {"Llama4Text": GROUPED | dict(head_dim=8, intermediate_size_mlp=16, num_local_experts=2)}
 for unknown_to_opt in ("intermediate_size", "initializer_range"):
     del MODELS["OPT"][unknown_to_opt]
 
@@ -724,7 +725,7 @@ def model_of(kind, seed=0, head="ForCausalLM"):
     import transformers
 
     torch.manual_seed(seed)
-    config = getattr(transformers, kind + "Config")(**MODELS[kind])
+    config = getattr(transformers, kind + "Config")(**(MODELS | MODELS_APART)[kind])
     return getattr(transformers, "AutoModel" + head).from_config(config).float()
 
 
@@ -2638,11 +2639,51 @@ def test_anything_unknown_behind_the_head_is_refused(factor, shift, monkeypatch)
 
 
 def test_a_cache_that_cannot_drop_replies_is_refused(monkeypatch):
+    """Or that keeps those of another row."""
     from transformers import DynamicCache
 
+    right = DynamicCache.reorder_cache
     monkeypatch.setattr(DynamicCache, "reorder_cache", None)
     with pytest.raises(P.UsageError, match="cannot be trained here, .*: TypeError"):
         made(tiny())
+    monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, rows: right(cache, torch.zeros_like(rows)))
+    with pytest.raises(P.UsageError, match="cannot be trained here, .*: left-padded, with a cache"):
+        made(tiny())
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_model_that_decodes_single_tokens_in_another_way_is_refused(critic, monkeypatch):
+    """As models with linear attention or convolutions do, in code of their own for that case."""
+    forward = P.Actor.trunk
+
+    def strange(actor, base, ids, attention, cache=None):
+        states = forward(actor, base, ids, attention, cache)
+        is_strange = ids.shape[1] == 1 and (base is not actor.lm.base_model or critic == "shared")
+        return states * 1.5 if is_strange else states
+
+    monkeypatch.setattr(P.Actor, "trunk", strange)
+    with pytest.raises(P.UsageError, match="cannot be trained here"):
+        made(tiny(), critic=critic)
+
+
+def test_llama_4s_text_model_trains():
+    """It names its trunk as the model that also sees does, so `base_model` is itself."""
+    lm = model_of("Llama4Text")
+    assert lm.base_model is lm
+    actor = made(lm, critic="separate")
+    assert "lm_head" not in dict(actor.critic_trunk.named_modules())
+    for prompt, reply, said in each_reply_and_its_numbers(evaluated(actor, temperature=0.7)):
+        own = alone(lm, prompt, reply, 0.7)
+        assert error(said.sampler_logprobs, own) < 1e-4
+        assert error(said.logprobs, own) < 1e-4
+
+
+@pytest.mark.parametrize("emulated, dtype", [(False, "bfloat16"), (True, "float32")])
+def test_bfloat16_by_itself_only_where_the_card_has_it(emulated, dtype, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or not emulated)
+    assert P.pick_device(Config()) == (torch.device("cuda"), getattr(torch, dtype))
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama", "OPT", "Mixtral"])
