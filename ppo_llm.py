@@ -966,7 +966,7 @@ class RunConfig:
     save_every: int | None = None  # updates between checkpoints; None: only when interrupted or when a reward fails
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products, not weights; auto: bfloat16 on GPUs with it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products only; auto: bfloat16 on a GPU that has it
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; high: TF32, medium: oneDNN on CPUs
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one forward more
 
@@ -1540,12 +1540,12 @@ def write_log(run: Path, board, metrics: dict[str, float], samples: list[dict]) 
 
 
 def tensorboard(run: Path, update: int):
-    """A writer of TensorBoard events where tensorboard is installed, else None."""
+    """A writer of TensorBoard events where tensorboard is installed, else None. Events after `update` count no more."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(run, purge_step=update + 1 if update else None)
+    return SummaryWriter(run, purge_step=update and update + 1)
 
 
 @contextlib.contextmanager

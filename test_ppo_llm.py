@@ -1100,13 +1100,13 @@ def test_the_reward_in_the_metrics_is_the_one_that_was_used(estimator):
         assert metrics["objective/non_score_reward"] == pytest.approx(mean - 3.5, abs=1e-9)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_metrics_are_means_over_the_valid_tokens(seed):
+@pytest.mark.parametrize("seed, critic", [(0, CRITICS[0]), (1, CRITICS[0]), (0, CRITICS[1])])
+def test_metrics_are_means_over_the_valid_tokens(seed, critic):
     """Against brute force: the entropy is that of the bare model, KL is summed over a reply and averaged over
     replies. A part of the score that does not apply to a reply counts neither way, one that applies to none is left
     out."""
     cfg = settings_of()
-    actor, _, rollout = experience(seed=seed, cfg=cfg)
+    actor, _, rollout = experience(seed=seed, cfg=cfg, critic=critic)
     rollout.sampler_logprobs += torch.randn(rollout.mask.shape, dtype=REAL)  # gaps of both signs
     parts = {"length": torch.ones(8), "half": real([1.0, math.nan] * 4), "never": real([math.nan] * 8)}
     metrics = P.rollout_metrics(rollout, torch.arange(8, dtype=REAL), parts, 0.5, cfg)
@@ -1115,7 +1115,7 @@ def test_metrics_are_means_over_the_valid_tokens(seed):
         log_pi = distributions(actor.lm, prompt, reply, 0.8)[:-1]
         entropies += (-log_pi.exp() * log_pi).sum(-1).tolist()
         kl.append(float((said.logprobs - said.ref_logprobs).sum()))
-    values, returns = rollout.values[rollout.mask], rollout.returns[rollout.mask]
+    predictions, returns = rollout.predictions[rollout.mask], rollout.returns[rollout.mask]
     gaps = (rollout.logprobs - rollout.sampler_logprobs)[rollout.mask]
     expected = {
         "objective/scores": 3.5,
@@ -1130,8 +1130,8 @@ def test_metrics_are_means_over_the_valid_tokens(seed):
         "reply/ended": fmean(rollout.ended.tolist()),
         "policy/entropy": fmean(entropies),
         "policy/sampler_gap": float(gaps.abs().mean()),
-        "val/mean": float(values.mean()),
-        "val/explained_variance": float(1 - (returns - values).var() / returns.var()),
+        "val/mean": float(rollout.values[rollout.mask].mean()),
+        "val/explained_variance": float(1 - (returns - predictions).var() / returns.var()),
     }
     assert metrics == pytest.approx(expected, abs=1e-9)
 
@@ -1567,7 +1567,7 @@ def updates(actor, optimizer, state, cfg):
 
 
 def without_times(metrics):
-    return {name: x for name, x in metrics.items() if not name.startswith("time/")}
+    return {name: x for name, x in metrics.items() if not name.startswith(("time/", "perf/"))}
 
 
 def test_the_state_is_complete_at_each_yield():
@@ -1748,7 +1748,7 @@ MUSEUM = {
         "entropy_from_logits",
         {"logits / temperature": "logits"},
         test_logprobs_and_entropy_from_logits,
-        (test_metrics_are_means_over_the_valid_tokens, 0),
+        (test_metrics_are_means_over_the_valid_tokens, 0, CRITICS[0]),
     ),
     "logits that stay in the type of matrix products: noise in ratio, KL and entropy (MiniMax-M1)": (
         "Actor.logits",
@@ -1917,7 +1917,7 @@ MUSEUM = {
     "a made-up value for padding in the mean entropy (trl#2022)": (
         "rollout_metrics",
         {"rollout.entropy[mask].mean()": "rollout.entropy.masked_fill(~mask, 1.0).mean()"},
-        (test_metrics_are_means_over_the_valid_tokens, 0),
+        (test_metrics_are_means_over_the_valid_tokens, 0, CRITICS[0]),
     ),
     "only the last minibatch in the metrics": (
         "ppo_update",
@@ -1979,6 +1979,8 @@ def answers(prompts, completions, **columns):
     return [float(a) for a in columns['answer']]
 def words(prompts, completions, **columns):
     return [len(text.split()) for text in completions]
+def zero(prompts, completions, **columns):
+    return [0.0] * len(prompts)
 def short(prompts, completions, **columns):
     return [0.0]
 def text(prompts, completions, **columns):
@@ -1996,8 +1998,16 @@ def wide(prompts, completions, **columns):
 async def later(prompts, completions, **columns):
     return [1.0] * len(prompts)
 """
+OWN_MODEL = """
+from transformers import GPT2Config, GPT2LMHeadModel
+class OwnConfig(GPT2Config):
+    model_type = 'own'
+class Own(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
 FILES = {  # as a user has them, most of them wrong
     "prompts.txt": "t1 t3\nt4\n\nt5 t1 t1\n",
+    "mixed.txt": "".join(f"t{i % 7} t1 t5"[: 2 + i % 3 * 3] + "\n" for i in range(30)),
     "prompts.jsonl": "".join(f'{{"prompt": "t{i % 6} t1", "answer": {i}}}\n' for i in range(20)),
     "bad.jsonl": '{"prompt": "t1"}\n{"prompt": \n',
     "lacks.jsonl": '{"prompt": "t1"}\n{"text": "t1"}\n',
@@ -2072,6 +2082,7 @@ def files(tmp_path_factory):
         "short": tiny(n_positions=8).float(),
         "single": letters_model("Llama", "ForSequenceClassification"),
         "strict": tiny().float(),
+        "scorer": letters_model("Llama", "ForSequenceClassification", vocab_size=7),
     }
     for name, model in models.items():
         save(folder / name, model, words_tokenizer())
@@ -2083,6 +2094,10 @@ def files(tmp_path_factory):
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     (folder / "custom" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
     (folder / "custom" / "own.py").write_text("raise SystemExit('code of the model was run')\n")
+    save(folder / "remote", tiny().float(), words_tokenizer())
+    path = folder / "remote" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": classes}))
+    (folder / "remote" / "own.py").write_text(OWN_MODEL)
     return folder
 
 
@@ -2266,6 +2281,11 @@ def test_settings_that_json_writes_otherwise_are_the_same_on_a_resume(tmp_path):
     assert [row["update"] for row in metrics_of(run)] == [0, 1, 2, 2]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_ends_of_a_range_belong_to_it(number):
+    Config(gamma=number, lam=number, critic_lam=number).check()
+
+
 @pytest.mark.parametrize("name", BAD_REWARDS)
 def test_a_reward_that_fails_at_once_ends_the_run_in_one_line(name, files, tmp_path, capsys, monkeypatch):
     """Exit status 1: the run has begun."""
@@ -2285,11 +2305,10 @@ def test_a_flag_or_a_value_that_does_not_exist_ends_with_status_2(arguments, cap
     assert arguments.split()[0] in capsys.readouterr().err
 
 
-def test_every_flag_is_read_and_explained():
-    """No flag without effect: the code reads each as cfg.NAME. --help begins with what every run needs and names each
-    flag with the sentence that stands beside it in the source, which says what None means."""
+def test_every_flag_is_explained():
+    """--help begins with what every run needs and names each flag with the sentence that stands beside it in the
+    source, which says what None means."""
     source = Path(P.__file__).read_text()
-    read = set(re.findall(r"\bcfg\.(\w+)", source)) | {"micro_batch_size"}  # by the property replies_at_once
     done = run_cli("--help", cwd=HERE, COLUMNS="200")
     assert done.returncode == 0
     flags = re.findall(r"^│ --([\w-]+)", done.stdout, re.M)
@@ -2297,11 +2316,72 @@ def test_every_flag_is_read_and_explained():
     words = " ".join(done.stdout.replace("│", " ").split())
     for field in dataclasses.fields(Config):
         explained = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.M).group(1)
-        assert field.name in read
         assert field.name.replace("_", "-") in flags
         assert explained in words
         assert "None" not in field.type or "None" in explained, field.name
     assert max(map(len, run_cli("--help", cwd=HERE).stdout.splitlines())) <= 80
+
+
+EFFECTIVE = {  # each of these flags alone makes another run
+    **dict(num_updates=3, batch_size=16, samples_per_prompt=2, response_length=5, temperature=0.7, seed=2, kl_coef=0.3),
+    **dict(missing_eos_penalty=1, score_clip=0.5, kl_estimator="k3", kl_in="loss", kl_target=0.01, gamma=0.9, lam=0.5),
+    **dict(critic_lam=0.5, whiten_rewards=True, whiten_advantages=False, bootstrap_truncated=True, num_ppo_epochs=1),
+    **dict(num_mini_batches=2, learning_rate=3e-3, critic_lr=1e-3, lr_scheduler_type="cosine", warmup_updates=1),
+    **dict(max_grad_norm=0.01, cliprange=0.01, cliprange_high=0.9, dual_clip=1.01, cliprange_value=1e-3, vf_coef=0.5),
+    **dict(ent_coef=0.1, loss_aggregation="sequence", target_kl=1e-4, critic_warmup_updates=1),
+    **dict(model="other", prompts="prompts.jsonl", reward=("rewards.py:zero",), reward_model=("scorer",)),
+    **dict(reward_weights=(2.0,), eval_prompts="prompts.txt", max_prompt_length=2, stop_token="t3", dtype="bfloat16"),
+    **dict(critic="separate", critic_target="action-value"),
+}
+INEFFECTIVE = dict(micro_batch_size=1, gradient_checkpointing=True, kl_horizon=100.0, save_every=1, device="cpu")
+TOLD_ELSEWHERE = {"name", "runs_dir", "resume", "reward_label", "critic_model", "trust_remote_code", "matmul_precision"}
+
+
+@pytest.fixture(scope="module")
+def run_with(files, tmp_path_factory):
+    """Two small updates with some settings changed: the metrics but for the times, and the final weights."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("flags")
+    base = dict(model="model", prompts="mixed.txt", reward=("rewards.py:words",), kl_estimator="k2", learning_rate=0.01)
+    base |= dict(num_updates=2, batch_size=8, response_length=6, cliprange=0.1, seed=3)
+    counter = itertools.count()
+
+    def run(**changes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(files)
+            run = P.train(Config(**base | changes, name=f"x{next(counter)}", runs_dir=str(folder)))
+        metrics = [without_times(row) for row in metrics_of(run)]
+        return metrics, load_file(run / "policy" / "model.safetensors")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def usual(run_with):
+    return run_with()
+
+
+def test_no_flag_is_forgotten():
+    flags = {field.name for field in dataclasses.fields(Config)}
+    assert flags == EFFECTIVE.keys() | INEFFECTIVE.keys() | TOLD_ELSEWHERE
+
+
+@pytest.mark.parametrize("flag", EFFECTIVE)
+def test_no_flag_is_without_effect(flag, run_with, usual):
+    """On what is learned or on what is logged, from update to update. Each run ends as it should."""
+    metrics, _ = run_with(**{flag: EFFECTIVE[flag]})
+    assert all(math.isfinite(x) for row in metrics for x in row.values())
+    assert metrics != usual[0]
+
+
+@pytest.mark.parametrize("flag", INEFFECTIVE)
+def test_what_saves_memory_changes_nothing_else(flag, run_with, usual):
+    metrics, weights = run_with(**{flag: INEFFECTIVE[flag]})
+    for row, expected in zip(metrics, usual[0], strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+    for name, x in weights.items():
+        assert error(x, usual[1][name]) < 1e-4
 
 
 # ----------------------------------------------------------------------------------------------- 8. prompts and rewards
@@ -2416,6 +2496,21 @@ def test_a_chat_in_parts_runs_to_its_end(tmp_path, capsys):
     chats = [{"prompt": [{"role": "user", "content": content}]} for content in parts]
     P.train(short_run(tmp_path), chats, mean_length, letters_model(), letters_tokenizer(chat_template=CHAT))
     assert "[{'type': 'text', 'text': '" in capsys.readouterr().out
+
+
+def test_held_out_prompts_are_not_trained_on(tmp_path):
+    """One in ten, at most 64, drawn by the seed; with the others they are all prompts."""
+    for n, share in ((9, 0), (30, 3), (1000, 64)):
+        texts = [str(i) for i in range(n)]
+        tasks = []
+        for seed in (1, 1, 2):
+            cfg = short_run(tmp_path, seed=seed)
+            tasks.append(P.prepare(cfg, texts, mean_length, letters_model(), letters_tokenizer(), None))
+        held_out, again, other = ([p.row["prompt"] for p in task.held_out] for task in tasks)
+        assert len(held_out) == share
+        assert held_out == again
+        assert share == 0 or held_out != other
+        assert sorted(held_out + [p.row["prompt"] for p in tasks[0].prompts]) == sorted(texts)
 
 
 def test_rewards_of_one_file_share_it_and_each_has_a_name(files, tmp_path, monkeypatch, capsys):
@@ -2570,6 +2665,26 @@ def test_a_reward_models_head_becomes_the_value_head(tmp_path):
                 score = rm.score(rm.base_model(text).last_hidden_state[0, -1]).squeeze()
                 assert error(said.values[t], score) < 1e-5
                 assert error(said.predictions[t], score) < 1e-5
+
+
+def test_a_critic_may_start_from_another_language_model(tmp_path):
+    """Its trunk has the weights of that model, not of the policy, and the critic says 0 at first."""
+    other = model_of("Llama", 3)
+    actor = made(model_of("Llama"), critic="separate", critic_model=save(tmp_path, other, words_tokenizer()))
+    assert torch.equal(weights_of(actor.critic_trunk), weights_of(other.base_model))
+    assert not torch.equal(weights_of(actor.critic_trunk), weights_of(actor.lm.base_model))
+    assert not weights_of(actor.value_head).any()
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_experts_in_bfloat16(kind):
+    """Sampler and scorer choose the same experts, and are near the model's own float32."""
+    lm = model_of(kind)
+    P.fit_to_device(lm, CPU, torch.bfloat16)
+    rollout = evaluated(P.Actor(lm, torch.bfloat16), temperature=0.7)
+    assert error(rollout.logprobs, rollout.sampler_logprobs) < 0.05
+    gaps = [said.logprobs - alone(lm, *of, 0.7) for *of, said in each_reply_and_its_numbers(rollout)]
+    assert 1e-4 < torch.cat(gaps).abs().mean() < 0.05
 
 
 def test_gpt2s_gelu_in_one_operation_is_the_same_function():
@@ -2743,7 +2858,8 @@ def test_speeds_are_those_of_the_times(files, tmp_path, capsys):
 # A run with everything that has a state: a critic of its own, an adaptive β, a decaying learning rate.
 STATEFUL = (
     "--response-length 6 --batch-size 8 --learning-rate 1e-2 --critic separate --critic-target action-value "
-    "--kl-target 0.1 --kl-horizon 50 --critic-lr 3e-2 --lr-scheduler-type linear --samples-per-prompt 2 --save-every 2"
+    "--kl-target 0.1 --kl-horizon 50 --critic-lr 3e-2 --lr-scheduler-type linear --samples-per-prompt 2 --save-every 2 "
+    "--temperature 0.7"
 )
 
 
@@ -2754,9 +2870,7 @@ def command(files, more):
 
 def outcome(run):
     """What must be the same of two runs: every metric but the times, the samples, and the bits of the final policy."""
-    metrics = []
-    for row in metrics_of(run):
-        metrics.append({name: x for name, x in row.items() if not name.startswith(("time/", "perf/"))})
+    metrics = [without_times(row) for row in metrics_of(run)]
     return metrics, lines(run / "samples.jsonl"), (run / "policy" / "model.safetensors").read_bytes()
 
 
@@ -2793,6 +2907,7 @@ def resume(run, more=""):
 def test_policy_and_critic_have_learning_rates_of_their_own(finished):
     """On one schedule: at the fourth of five updates a linear decay leaves two fifths. All of a separate critic is in
     the second group."""
+    assert max(row["policy/sampler_gap"] for row in metrics_of(finished)[1:-1]) < 1e-5  # at a temperature of 0.7
     state = torch.load(finished / "checkpoints" / "000004" / "state.pt", weights_only=True)
     policy, critic = state["optimizer"]["param_groups"]
     assert error([policy["lr"], critic["lr"]], [0.4 * 1e-2, 0.4 * 3e-2]) < 1e-9
@@ -2811,6 +2926,30 @@ def test_resume_goes_on_as_if_never_stopped(finished, stopped, last):
     assert resume(stopped) == 0
     assert outcome(stopped) == outcome(finished)
     assert len({row.get("kl_coef") for row in metrics_of(stopped)}) > 3  # there was a state to keep
+
+
+def test_a_resume_may_take_smaller_micro_batches(finished, stopped):
+    """Then sums are rounded in another order, and no more."""
+    assert resume(stopped, "--micro-batch-size 1") == 0
+    assert outcome(stopped) != outcome(finished)
+    for row, expected in zip(metrics_of(stopped), metrics_of(finished), strict=True):
+        assert without_times(row) == pytest.approx(without_times(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("done", [4, 0])
+def test_tensorboard_shows_each_update_once(done, stopped):
+    """Also after a resume, and one from the very beginning, what was logged before it counts no more."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if done == 0:
+        shutil.rmtree(stopped / "checkpoints")
+    assert resume(stopped) == 0
+    events = EventAccumulator(str(stopped))
+    events.Reload()
+    rows = [row for row in metrics_of(stopped) if "objective/scores" in row]
+    shown = [(event.step, event.value) for event in events.Scalars("objective/scores")]
+    assert shown == [(row["update"], pytest.approx(row["objective/scores"])) for row in rows]
 
 
 def test_a_checkpoint_of_a_gpu_is_read_without_one(finished, stopped, monkeypatch):
@@ -3110,6 +3249,12 @@ def test_half_precision_weights_become_float32(tmp_path):
     assert update["policy/ratio"] == pytest.approx(1, abs=0.02)
 
 
+def test_code_of_a_model_is_run_if_it_is_trusted(files, tmp_path):
+    remote = command(files, f"--num-updates 1 --name x --runs-dir {tmp_path} --model {files}/remote")
+    assert P.main(remote) == 2
+    assert P.main([*remote, "--trust-remote-code"]) == 0
+
+
 def test_without_a_model_only_the_demo_runs(tmp_path):
     """With its own settings, whoever calls it; those of any run would train it for 100 updates on its fluency too."""
     with pytest.raises(P.UsageError, match=r"a model is needed: give one; the demo is train\(Demo\(\)\)"):
@@ -3264,6 +3409,23 @@ def test_a_policy_that_has_diverged_ends_the_run(tmp_path):
     cfg = short_run(tmp_path, num_updates=4, learning_rate=1e30)
     with pytest.raises(P.RunError, match="probabilities are not finite: it has diverged; lower the learning rate"):
         P.train(cfg, ["ab", "c"], mean_length, letters_model(), letters_tokenizer())
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_at_once(number, status, files, tmp_path, capsys):
+    """In the update that the first one came in, which is not finished. Then the signals do again what they did."""
+    before = signal.getsignal(number)
+    (tmp_path / "r.py").write_text(
+        "import signal\n"
+        "def twice(prompts, **columns):\n"
+        f"    signal.raise_signal({int(number)})\n"
+        f"    signal.raise_signal({int(number)})\n"
+        "    return [1.0] * len(prompts)\n"
+    )
+    assert P.main(command(files, f"--reward {tmp_path}/r.py:twice --name x --runs-dir {tmp_path}")) == status
+    assert f"{number.name}: finishing the update in hand; once more to stop at once" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    assert not (tmp_path / "x" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
