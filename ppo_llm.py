@@ -253,7 +253,7 @@ class PPOConfig:
 
     # Advantages.
     gamma: float = 1.0  # γ, discount per token, in [0, 1]
-    lam: float = 0.95  # λ of GAE, in [0, 1]: 0 trusts the critic, 1 the returns
+    lam: float = 1.0  # λ of GAE, in [0, 1]: 0 trusts the critic, 1 the returns
     critic_lam: float | None = None  # λ of the critic's targets (VC-PPO); None: the same λ
     whiten_rewards: bool = False  # scale token rewards to variance 1, keeping their mean
     whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the whole batch
@@ -271,8 +271,8 @@ class PPOConfig:
     cliprange: float = 0.2  # ε of the ratio
     cliprange_high: float | None = None  # upper ε, if larger (clip-higher, DAPO); None: the same ε
     dual_clip: float | None = None  # c > 1, bound on the loss of negative advantages (arXiv 1912.09729); None: off
-    cliprange_value: float | None = 0.2  # ε of the value clip; None: off
-    vf_coef: float = 0.1  # c1, weight of the value loss
+    cliprange_value: float | None = None  # ε of the value clip, in standard deviations of the returns; None: off
+    vf_coef: float = 0.3  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     loss_aggregation: Literal["token", "sequence"] = "token"  # each token, or each reply, weighs the same in a step
     target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
@@ -312,8 +312,9 @@ class Rollout:
     values: Tensor = None  # [B, T] V_old of the state before each token, frozen: the baseline
     final_values: Tensor = None  # [B] V_old of the state after the last token
     predictions: Tensor = None  # [B, T] what the critic is trained on: V_old again, or Q_old of state and token
+    sampled_returns: Tensor = None  # [B, T] sums of the rewards that followed, discounted
     advantages: Tensor = None  # [B, T]
-    returns: Tensor = None  # [B, T] what the critic's predictions should have been
+    returns: Tensor = None  # [B, T] what the critic's predictions should have been, in its units
     token_weights: Tensor = None  # [B, T] weight of each token in the losses, 1 on average over a step
     valid: Tensor = None  # [n], only of a micro-batch: the places in the flattened [b, T] where the mask is True
 
@@ -392,7 +393,7 @@ class Actor(nn.Module):
         vocabulary = head.weight.shape[0]
         self.tokens_at_once = max(1, LOGITS_AT_ONCE // vocabulary)
         self.value_head = nn.Linear(width, vocabulary if action_values else 1, device=lm.device, dtype=lm.dtype)
-        nn.init.zeros_(self.value_head.weight)  # V = 0 at the start: the first advantages need no critic
+        nn.init.zeros_(self.value_head.weight)  # the same V in every state at the start: the first advantages need none
         nn.init.zeros_(self.value_head.bias)
 
     @property
@@ -610,23 +611,53 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor, rollout: Rollout, cfg: PP
     rollout.logprobs, rollout.entropy, rollout.ref_logprobs, rollout.values, rollout.predictions = filled
 
 
-def compute_advantages(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: PPOConfig) -> None:  # scores [B]
-    """Fill in advantages and returns: score and KL to token rewards, GAE, whitening over the whole batch."""
+@dataclass
+class State:
+    """Where a run stands, besides weights and optimizer. No random generator is in it: each update seeds them anew."""
+    kl_coef: float  # β, which an adaptive controller moves
+    update: int = 0  # finished updates; so also the place in the learning-rate schedule and in the prompts
+    skipped: int = 0  # steps skipped in a row, as not finite, counted over the updates that took no step at all
+    returns_mean: float = 0.0  # running mean of the returns of earlier updates
+    returns_std: float = 0.0  # and their standard deviation: the units of the critic
+
+
+def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOConfig) -> None:  # scores [B]
+    """Fill in advantages and returns: score and KL to token rewards, GAE, whitening over the whole batch.
+
+    The critic has the units of its task: V = mean + std·output, by the running mean and standard deviation of returns
+    (the idea of PopArt, arXiv 1809.04474). So vf_coef and a clip mean the same for scores of 0.01 and of 100. The mean is
+    that of earlier updates: with its own, a reply would be part of its baseline.
+    """
     mask = rollout.mask
     if cfg.score_clip is not None:
         scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
     if cfg.missing_eos_penalty is not None:
         scores = scores.where(rollout.ended, scores - cfg.missing_eos_penalty)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
-    rewards = token_rewards(scores, kl, mask, kl_coef if cfg.kl_in == "reward" else 0.0)
+    rewards = token_rewards(scores, kl, mask, state.kl_coef if cfg.kl_in == "reward" else 0.0)
     if cfg.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
+    _, rollout.sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)
+    mean = state.returns_mean
+    spread = rollout.sampled_returns[mask].double().std(correction=0)
+    std = max(state.returns_std, float(spread)) or 1.0  # no less than now, so that no target is far away
+    rollout.values = mean + std * rollout.values
+    rollout.final_values = mean + std * rollout.final_values
     bootstrap = rollout.final_values.where(~rollout.ended, 0.0) if cfg.bootstrap_truncated else None
     advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam, bootstrap)
     if cfg.critic_lam is not None:  # the critic may look further ahead than the policy (VC-PPO, arXiv 2503.01491)
         _, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.critic_lam, bootstrap)
     rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages
-    rollout.returns = returns
+    rollout.returns = torch.where(mask, (returns - mean) / std, 0.0)
+
+
+def update_critic_units(rollout: Rollout, state: State, rate: float = 0.2) -> None:
+    """Move the running mean and deviation towards those of this update: about the last five count."""
+    returns = rollout.sampled_returns[rollout.mask].double()
+    spread = float(returns.std(correction=0))
+    before = max(state.returns_std, spread)
+    state.returns_mean += rate * (float(returns.mean()) - state.returns_mean)
+    state.returns_std = before + rate * (spread - before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -732,14 +763,6 @@ def ppo_update(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class State:
-    """Where a run stands, besides weights and optimizer. No random generator is in it: each update seeds them anew."""
-    kl_coef: float  # β, which an adaptive controller moves
-    update: int = 0  # finished updates; so also the place in the learning-rate schedule and in the prompts
-    skipped: int = 0  # steps skipped in a row, as not finite, counted over the updates that took no step at all
-
-
 def ppo(
     actor: Actor,
     ref: Actor,
@@ -785,7 +808,7 @@ def ppo(
         fill_logprobs_and_values(actor, ref, rollout, cfg)
 
         # 4. Advantages.
-        compute_advantages(rollout, scores, state.kl_coef, cfg)
+        compute_advantages(rollout, scores, state, cfg)
         evaluated = time.perf_counter()
 
         # 5. Update policy and critic.
@@ -810,6 +833,8 @@ def ppo(
 
         state.update += 1
         state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
+        if state.skipped == 0:
+            update_critic_units(rollout, state)
         if cfg.kl_target is not None and not critic_only:  # until then there is no KL to control
             state.kl_coef = adaptive_kl_coef(
                 state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
