@@ -274,7 +274,7 @@ class PPOConfig:
     cliprange_value: float | None = None  # ε of the value clip, in standard deviations of the returns; None: off
     vf_coef: float = 0.3  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
-    loss_aggregation: Literal["token", "sequence"] = "token"  # each token, or each reply, weighs the same in a step
+    loss_aggregation: Literal["token", "sequence", "constant"] = "token"  # what weighs the same, see token_weights
     target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
@@ -315,7 +315,7 @@ class Rollout:
     sampled_returns: Tensor = None  # [B, T] sums of the rewards that followed, discounted
     advantages: Tensor = None  # [B, T]
     returns: Tensor = None  # [B, T] what the critic's predictions should have been, in its units
-    token_weights: Tensor = None  # [B, T] weight of each token in the losses, 1 on average over a step
+    token_weights: Tensor = None  # [B, T] weight of each token in the losses
     valid: Tensor = None  # [n], only of a micro-batch: the places in the flattened [b, T] where the mask is True
 
     def replies(self) -> list:
@@ -694,9 +694,11 @@ def ppo_loss(
 
 
 def token_weights(mask: Tensor, aggregation: str) -> Tensor:  # [B, T] of 0 and 1 -> [B, T]
-    """The weight of each token in the losses of a step, 1 on average over its valid tokens."""
-    if aggregation == "token":  # every token counts the same (DAPO, arXiv 2503.14476)
+    """The weight of each token in the losses of a step, which are then divided by the number of its valid tokens."""
+    if aggregation == "token":  # every token of the step counts the same (DAPO, arXiv 2503.14476)
         return mask
+    if aggregation == "constant":  # and the same in every step, divided by B·T (Dr. GRPO, arXiv 2503.20783)
+        return mask * (mask.sum() / mask.numel())
     lengths = mask.sum(1, keepdim=True)  # every reply counts the same, and its tokens share its part
     return mask * (mask.sum() / (len(mask) * lengths))
 

@@ -1417,7 +1417,7 @@ def test_with_learning_rate_0_nothing_moves(kind):
     assert torch.equal(weights_of(actor), before)
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_any_partition_into_micro_batches_is_the_same_update(aggregation, micro):
     """The weights after two epochs, and all metrics, equal those of whole minibatches; and there are never more
@@ -1436,9 +1436,10 @@ def test_any_partition_into_micro_batches_is_the_same_update(aggregation, micro)
     assert_same(*outcomes, 1e-10)
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_aggregation_over_tokens_or_sequences(aggregation):
-    """The step is that of the mean over tokens, or of the mean over replies of the mean over their tokens."""
+    """The step is that of the mean over tokens, of the mean over replies of the mean over their tokens, or of the sum
+    over tokens divided by replies times `response_length`."""
     cfg = settings_of(
         loss_aggregation=aggregation, num_mini_batches=1, num_ppo_epochs=1, vf_coef=0.0, max_grad_norm=None
     )
@@ -1447,7 +1448,8 @@ def test_aggregation_over_tokens_or_sequences(aggregation):
     for prompt, reply, said in each_reply_and_its_numbers(rollout):
         ratio = (alone(actor.lm, prompt, reply, cfg.temperature) - said.logprobs).exp()
         objective = ratio * said.advantages
-        loss -= objective.sum() / rollout.mask.sum() if aggregation == "token" else objective.mean() / 8
+        divisor = {"token": rollout.mask.sum(), "sequence": 8 * len(reply), "constant": 8 * cfg.response_length}
+        loss -= objective.sum() / divisor[aggregation]
     expected = gradients(loss, actor.lm)
     before = weights_of(actor.lm)
     ppo_steps(actor, rollout, cfg, lr=1.0)
