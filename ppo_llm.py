@@ -21,7 +21,7 @@ One update, in six steps (`ppo` is the loop over them):
      copy of the initial policy, the reference, gives its own log-probabilities (`fill_logprobs_and_values`).
   4. Advantages: the reward of a token is -β·KL, and the last token also gets the score. GAE turns rewards and values
      into advantages and returns (`compute_advantages`).
-  5. Update: several epochs of minibatches on the clipped surrogate and the clipped value loss (`ppo_update`).
+  5. Update: several epochs of minibatches on the clipped surrogate and the value loss (`ppo_update`).
   6. Metrics: what happened, over valid tokens only (`rollout_metrics`).
 
 Left out on purpose: top-k and top-p (they change the distribution that is sampled, and with it every ratio), LoRA,
@@ -102,14 +102,14 @@ def logprobs_from_logits(
 def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:  # [..., V] -> [...]
     """Entropy of the next-token distribution, in nats: 0 when it is certain, log V when it is uniform."""
     logprobs = F.log_softmax(logits / temperature, dim=-1)
-    # Where a logit is -inf, p·log p is 0, its limit. Below -1000 p is 0 in any float type, so nothing else changes.
+    # Where a logit is -inf, p·log p must be 0, not NaN. Below -1000 p is 0 in any type, so nothing else changes.
     return -(logprobs.exp() * logprobs.clamp(min=-1000)).sum(-1)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:  # [B, T], [B, T] -> [B, T]
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
-    With d = log π - log π_ref at the sampled token: k1 = d, unbiased, a single one may be negative; k2 = d²/2, biased
+    With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased
     but never negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of
     the true KL. As a loss, differentiated on policy, k2 has the gradient of the KL in each state that is met (what a
     token does to later states is missing), k1 has expected gradient 0 and k3 the gradient of KL(ref ‖ policy).
@@ -240,7 +240,7 @@ class PPOConfig:
     samples_per_prompt: int = 1  # replies to each prompt of an update
     response_length: int = 64  # longest reply, in tokens, T
     temperature: float = 1.0  # of the policy, in sampling and in every log-probability
-    missing_eos_penalty: float | None = None  # taken from the score of a reply without a stop token; None: none
+    missing_eos_penalty: float | None = None  # subtracted from a score if the reply has no stop token; None: off
     score_clip: float | None = None  # scores are clipped to ± this; None: off
     seed: int = 1  # of everything: same seed, same run
 
@@ -257,7 +257,7 @@ class PPOConfig:
     critic_lam: float | None = None  # λ of the critic's targets (VC-PPO); None: the same λ
     whiten_rewards: bool = False  # scale token rewards to variance 1, keeping their mean
     whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the whole batch
-    bootstrap_truncated: bool = False  # a reply cut off by its length counts V after it, instead of 0
+    bootstrap_truncated: bool = False  # after a reply that was cut off by its length use V, not 0
 
     # Update.
     num_ppo_epochs: int = 4  # passes over each batch
@@ -274,7 +274,7 @@ class PPOConfig:
     cliprange_value: float | None = None  # ε of the value clip, in standard deviations of the returns; None: off
     vf_coef: float = 0.3  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
-    loss_aggregation: Literal["token", "sequence", "constant"] = "token"  # what weighs the same, see token_weights
+    loss_aggregation: Literal["token", "sequence", "constant"] = "token"  # what has equal weight, see token_weights
     target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
@@ -311,10 +311,10 @@ class Rollout:
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
     values: Tensor = None  # [B, T] V_old of the state before each token, frozen: the baseline
     final_values: Tensor = None  # [B] V_old of the state after the last token
-    predictions: Tensor = None  # [B, T] what the critic is trained on: V_old again, or Q_old of state and token
-    sampled_returns: Tensor = None  # [B, T] sums of the rewards that followed, discounted
+    predictions: Tensor = None  # [B, T] old outputs of the critic, V(s) or Q(s, a), in its own units
+    sampled_returns: Tensor = None  # [B, T] discounted sums of the rewards from this token on
     advantages: Tensor = None  # [B, T]
-    returns: Tensor = None  # [B, T] what the critic's predictions should have been, in its units
+    returns: Tensor = None  # [B, T] what the critic should have said, in its units
     token_weights: Tensor = None  # [B, T] weight of each token in the losses
     valid: Tensor = None  # [n], only of a micro-batch: the places in the flattened [b, T] where the mask is True
 
@@ -363,8 +363,8 @@ LOGITS_AT_ONCE = 2**26  # vocabulary logits in memory at a time: 256 MB in float
 class Actor(nn.Module):
     """A causal language model of transformers as the policy, and a critic: a linear head on hidden states.
 
-    critic: None, the value head reads the policy's hidden states, at half the work; or a second model, whose states it
-    then reads. action_values: the head gives Q(s, a) for every token a, and the baseline is Σ_a π(a|s)·Q(s, a).
+    critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
+    action_values: the head gives Q(s, a) for every token a, and the baseline is Σ_a π(a|s)·Q(s, a).
     dtype: of matrix products (autocast); weights stay float32. ValueError for weights in half precision.
     """
 
@@ -393,7 +393,7 @@ class Actor(nn.Module):
         vocabulary = head.weight.shape[0]
         self.tokens_at_once = max(1, LOGITS_AT_ONCE // vocabulary)
         self.value_head = nn.Linear(width, vocabulary if action_values else 1, device=lm.device, dtype=lm.dtype)
-        nn.init.zeros_(self.value_head.weight)  # the same V in every state at the start: the first advantages need none
+        nn.init.zeros_(self.value_head.weight)  # V starts equal in all states: no random baseline
         nn.init.zeros_(self.value_head.bias)
 
     @property
@@ -421,7 +421,7 @@ class Actor(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:  # [..., H] -> [..., V], at least float32
         """What the model's own forward makes of its last hidden states, scale and soft cap included."""
-        # Outside autocast, which would round them: around -100 bfloat16 is 0.5 apart, and so would be the ratios' logs.
+        # Outside autocast, which would round them: near -100 bfloat16 numbers are 0.5 apart, and log ratios would be.
         states = states.to(self.value_head.weight.dtype) * self.logit_scale
         with torch.autocast(self.device.type, enabled=False):
             logits = self.lm.get_output_embeddings()(states)
@@ -522,7 +522,7 @@ def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg
     return Rollout(queries, query_mask, responses, mask, ended, logprobs)
 
 
-@torch.no_grad()  # not inference_mode, in which autocast rounds the weights again for every token
+@torch.no_grad()  # not inference_mode: there autocast would round the weights again for every token
 def generate(
     actor: Actor,
     queries: Tensor,  # [B, P]
@@ -572,7 +572,7 @@ def decode(
     ids = queries
     cache = DynamicCache(config=actor.lm.config)
     update = cache.update
-    # Under autocast rotary embeddings give keys in float32, and the cache would follow: twice the memory.
+    # Under autocast rotary embeddings give keys in float32. The cache would follow, with the values: twice the memory.
     cache.update = lambda keys, values, *rest, **more: update(keys.to(values.dtype), values, *rest, **more)
     for t in range(T):
         states = actor.trunk(actor.lm.base_model, ids, attention[:, : queries.shape[1] + t], cache)
@@ -622,11 +622,11 @@ class State:
 
 
 def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOConfig) -> None:  # scores [B]
-    """Fill in advantages and returns: score and KL to token rewards, GAE, whitening over the whole batch.
+    """Fill in advantages and returns, and give values the units of scores: token rewards, GAE, whitening of the batch.
 
-    The critic has the units of its task: V = mean + std·output, by the running mean and standard deviation of returns
-    (the idea of PopArt, arXiv 1809.04474). So vf_coef and a clip mean the same for scores of 0.01 and of 100. The mean is
-    that of earlier updates: with its own, a reply would be part of its baseline.
+    The critic has the units of its task: V = mean + std·output, by a running mean and standard deviation of the returns
+    (as in PopArt, arXiv 1809.04474, but outputs are not corrected when these move). So vf_coef and a clip mean the same
+    for scores of 0.01 and of 100. The mean is that of earlier updates: a reply must not enter its own baseline.
     """
     mask = rollout.mask
     if cfg.score_clip is not None:
@@ -640,7 +640,7 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
     _, rollout.sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)
     mean = state.returns_mean
     spread = rollout.sampled_returns[mask].double().std(correction=0)
-    std = max(state.returns_std, float(spread)) or 1.0  # no less than now, so that no target is far away
+    std = max(state.returns_std, float(spread)) or 1.0  # no less than now: the first success must not be a huge target
     rollout.values = mean + std * rollout.values
     rollout.final_values = mean + std * rollout.final_values
     bootstrap = rollout.final_values.where(~rollout.ended, 0.0) if cfg.bootstrap_truncated else None
@@ -652,7 +652,7 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
 
 
 def update_critic_units(rollout: Rollout, state: State, rate: float = 0.2) -> None:
-    """Move the running mean and deviation towards those of this update: about the last five count."""
+    """Move the critic's units a fifth of the way to the returns of this update; a larger deviation counts at once."""
     returns = rollout.sampled_returns[rollout.mask].double()
     spread = float(returns.std(correction=0))
     before = max(state.returns_std, spread)
@@ -697,9 +697,9 @@ def token_weights(mask: Tensor, aggregation: str) -> Tensor:  # [B, T] of 0 and 
     """The weight of each token in the losses of a step, which are then divided by the number of its valid tokens."""
     if aggregation == "token":  # every token of the step counts the same (DAPO, arXiv 2503.14476)
         return mask
-    if aggregation == "constant":  # and the same in every step, divided by B·T (Dr. GRPO, arXiv 2503.20783)
+    if aggregation == "constant":  # and the same in every step, divided by all its cells (Dr. GRPO, arXiv 2503.20783)
         return mask * (mask.sum() / mask.numel())
-    lengths = mask.sum(1, keepdim=True)  # every reply counts the same, and its tokens share its part
+    lengths = mask.sum(1, keepdim=True)  # "sequence": every reply counts the same, and its tokens share its part
     return mask * (mask.sum() / (len(mask) * lengths))
 
 
@@ -778,8 +778,8 @@ def ppo(
     """Train the actor in place until cfg.num_updates updates are done. Yields the metrics and four samples of each.
 
     ref: the frozen initial policy. optimizer: of one group of parameters, or of two, policy and critic (cfg.critic_lr).
-    score(prompts, replies): what the B replies, given as token ids, are worth: scores [B], higher is better, and their
-    parts {name: [B]}, for the metrics only (NaN where a part does not apply). stop_ids: the tokens that end a reply.
+    score(prompts, replies) -> (scores [B], parts): replies as token ids; higher is better. parts {name: [B]} are for
+    the metrics (NaN where a part does not apply). stop_ids: the tokens that end a reply.
     state: where to begin, State(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written then.
     A sample is (prompt, token ids of the reply, score, KL in nats).
 
@@ -835,9 +835,9 @@ def ppo(
 
         state.update += 1
         state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
-        if state.skipped == 0:
+        if stats["policy/skipped_steps"] == 0:  # else a return may not be finite
             update_critic_units(rollout, state)
-        if cfg.kl_target is not None and not critic_only:  # until then there is no KL to control
+        if cfg.kl_target is not None and not critic_only:  # in warm-up KL is 0
             state.kl_coef = adaptive_kl_coef(
                 state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
             )
@@ -993,7 +993,7 @@ class RunConfig:
     save_every: int | None = None  # updates between checkpoints; None: only when interrupted or when a reward fails
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products only; auto: bfloat16 on a GPU that has it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on a GPU that has it
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; high: TF32, medium: oneDNN on CPUs
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one forward more
 
@@ -1075,7 +1075,7 @@ def as_row(x: str | dict) -> dict:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     is_right = isinstance(prompt, str) and prompt.strip()
     if isinstance(prompt, list) and prompt:
-        is_right = all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), (str, list)) for m in prompt)
+        is_right = all(isinstance(m, dict) and "role" in m and type(m.get("content")) in (str, list) for m in prompt)
     if not is_right:
         expected = 'expected a "prompt": a string that is not empty, or chat messages with "role" and "content"'
         raise ValueError(f"{expected}, got {x!r:.100}")
@@ -1126,7 +1126,7 @@ def encode(tokenizer, rows: list[dict], vocabulary: int) -> list[Prompt]:
             if not ids:
                 raise ValueError("it has no token in this tokenizer")
             if max(ids) >= vocabulary:
-                raise ValueError(f"its token {max(ids)} is none of the model's {vocabulary}: take the model's tokenizer")
+                raise ValueError(f"token {max(ids)} is none of the model's {vocabulary}: take the model's tokenizer")
         prompts.append(Prompt(ids, {key: row.get(key) for key in columns}))
     return prompts
 
@@ -1938,16 +1938,14 @@ REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
 
 @dataclass(frozen=True)
 class Demo(Config):
-    """The settings of the demo."""
-    num_updates: int = 20
-    response_length: int = 24
-    missing_eos_penalty: float | None = 3.0
-    kl_coef: float = 0.3
-    learning_rate: float = 1e-3
-    target_kl: float | None = 0.05
-    lr_scheduler_type: str = "linear"
-    warmup_updates: int = 3
-    reward_weights: tuple[float, ...] | None = (1.0, 0.0)  # of sentiment and fluency
+    """The settings of the demo, where they are not those of any run, and why."""
+    num_updates: int = 20  # under a minute
+    response_length: int = 24  # most reviews end before
+    missing_eos_penalty: float | None = 3.0  # or more clauses without an end would be paid for
+    kl_coef: float = 0.3  # holds the policy to the grammar
+    learning_rate: float = 1e-3  # a model this small needs large steps
+    lr_scheduler_type: str = "linear"  # small steps at the end keep it fluent
+    reward_weights: tuple[float, ...] | None = (1.0, 0.0)  # sentiment is rewarded, fluency only measured
 
 
 def sentiment(prompts: list[str], completions: list[str], **columns) -> list[float]:

@@ -1763,7 +1763,7 @@ def test_the_metrics_of_an_update_are_those_of_rollout_and_update(monkeypatch):
     actor, optimizer, state = learner()
     loop = updates(actor, optimizer, state, cfg)
     kl_coef, units = 0.05, 0.0
-    for update, (steps, in_a_row) in enumerate([(0, 4), (0, 8), (3, 0), (0, 4)], 1):
+    for update, (steps, in_a_row) in enumerate([(0, 4), (0, 8), (4, 0), (0, 4)], 1):
         stats = {"policy/steps": steps, "policy/skipped_steps": 4 - steps}
         monkeypatch.setattr(P, "ppo_update", lambda *_: stats)
         metrics, _ = next(loop)
@@ -1771,7 +1771,7 @@ def test_the_metrics_of_an_update_are_those_of_rollout_and_update(monkeypatch):
         assert without_times(metrics) == pytest.approx(expected | stats)
         kl_coef *= 1 + 0.1 * 8 / 80
         assert (state.kl_coef, state.update, state.skipped) == (pytest.approx(kl_coef), update, in_a_row)
-        assert (state.returns_std != units) == (steps > 0)  # updates without a step leave the critic's units as they are
+        assert (state.returns_std != units) == (steps > 0)  # skipped steps leave the critic's units as they are
         units = state.returns_std
 
 
@@ -3592,8 +3592,8 @@ def test_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(P, "ppo_update", exhausted)
     told = (
         "out of memory: give a smaller --micro-batch-size, or --gradient-checkpointing; there is no checkpoint yet "
-        f"(see --save-every): train(dataclasses.replace(cfg, resume='{tmp_path}/x'), ...) with all that it was called with "
-        "begins anew"
+        f"(see --save-every): train(dataclasses.replace(cfg, resume='{tmp_path}/x'), ...) with all that it was called "
+        "with begins anew"
     )
     with pytest.raises(P.RunError) as failure:
         P.train(short_run(tmp_path), ["ab", "c"], mean_length, letters_model(), letters_tokenizer())
