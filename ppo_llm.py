@@ -1755,7 +1755,7 @@ def report(run: Path, seconds: dict[str, float], device: torch.device) -> None:
     width = min(120, shutil.get_terminal_size().columns)
     metrics, samples = ([json.loads(row) for row in open(run / name, encoding="utf-8")] for name in LOGS)
     before, *history, after = metrics
-    held_out = [row for row in samples if "held_out" in row]
+    held_out = [row for row in samples if row["held_out"]]
     half = len(held_out) // 2
     if held_out:
         print("\nHeld-out prompts, same seed:")
@@ -1795,8 +1795,9 @@ def report(run: Path, seconds: dict[str, float], device: torch.device) -> None:
 
 
 def sample_row(task: Task, update: int, prompt: Prompt, ids: list[int], score: float, kl: float) -> dict:
-    """A sample of `ppo` as a row of samples.jsonl."""
-    return {**prompt.row, "update": update, "reply": reply_text(task.tokenizer, prompt, ids), "score": score, "kl": kl}
+    """A sample of `ppo` as a row of samples.jsonl: the prompt with its columns, then what happened to it."""
+    about = {"update": update, "reply": reply_text(task.tokenizer, prompt, ids), "score": score, "kl": kl}
+    return {**prompt.row, **about, "held_out": False}
 
 
 def evaluate_held_out(task: Task, cfg: Config, update: int) -> tuple[dict[str, float], list[dict]]:

@@ -2682,6 +2682,15 @@ def test_prompt_and_reply_are_the_whole_text(prompt, ids, reply, text):
     assert P.reply_text(tokenizer, P.Prompt(ids, {"prompt": prompt}), reply) == text
 
 
+def test_a_column_cannot_pass_for_what_happened(tmp_path, capsys):
+    """Columns of the names that the log of samples uses reach the reward, and mislead no report."""
+    rows = [{"prompt": letter, "held_out": True, "update": 99, "score": "x"} for letter in "abc"]
+    run = P.train(short_run(tmp_path), rows, mean_length, letters_model(), letters_tokenizer())
+    sample = lines(run / "samples.jsonl")[0]
+    assert (sample["update"], sample["held_out"]) == (1, False)
+    assert "Held-out" not in capsys.readouterr().out
+
+
 def test_a_chat_in_parts_runs_to_its_end(tmp_path, capsys):
     """Content as a list of parts, as the templates of models that also see have it."""
     parts = [[{"type": "text", "text": letter}] for letter in "abcdefghij"]
