@@ -925,6 +925,11 @@ def test_a_q_that_is_the_same_for_every_token_is_v():
     assert rollout.values[rollout.mask].std() > 0.1
 
 
+def test_a_chunk_has_one_token_at_least(monkeypatch):
+    monkeypatch.setattr(P, "LOGITS_AT_ONCE", 1)
+    assert P.Actor(tiny()).tokens_at_once == 1
+
+
 def test_a_critic_is_one_number_unless_asked_for_action_values():
     """At the start it says 0: the first advantages are plain returns."""
     assert P.Actor(tiny()).value_head.out_features == 1
@@ -1085,6 +1090,22 @@ def test_replies_that_have_stopped_leave_the_batch(seed, stop_ids, monkeypatch):
     assert len(sizes) < 24 or stop_ids == [STOP]
 
 
+def test_three_quarters_of_the_replies_stay_together(monkeypatch):
+    """One of four has stopped after the fourth token: that is no reason to drop it."""
+    script = iter([[STOP, 5, 5, 5]] + [[5, 5, 5, 5]] * 7)
+    sizes = watched(monkeypatch, P.Actor, "trunk", lambda actor, base, ids, *_: len(ids))
+    monkeypatch.setattr(torch, "searchsorted", lambda *_, right: torch.tensor(next(script)).unsqueeze(1))
+    P.generate(tiny_actor(), *prompts_of([2] * 4), [STOP], settings_of(response_length=8))
+    assert sizes == [4] * 8
+
+
+def test_eight_micro_batches_are_decoded_together(monkeypatch):
+    sizes = watched(monkeypatch, P, "decode", lambda actor, queries, *_: len(queries))
+    cfg = settings_of(batch_size=8, num_mini_batches=4)  # micro-batches of two
+    replies_to(tiny_actor(), [2] * 40, cfg)
+    assert sizes == [16, 16, 8]
+
+
 def test_a_reply_is_made_by_its_own_random_numbers():
     """The same seed gives the same replies whether the prompts are decoded together or in groups of eight, whichever
     stop first."""
@@ -1217,6 +1238,17 @@ def test_scores_in_other_units_change_no_step():
     assert error(outcomes[0][0], outcomes[1][0]) < 1e-6
     assert error(100 * outcomes[0][1], outcomes[1][1]) < 1e-6
     assert abs(outcomes[0][1][-1]) > 1e-3
+
+
+def test_equal_returns_leave_the_explained_variance_finite():
+    """There is nothing to explain: 1 if the critic says them, and far below if it does not."""
+    for miss, explained in ((0.0, 1.0), (1.0, -1e6)):
+        _, _, rollout = experience()
+        rollout.returns = torch.where(rollout.mask, 2.0, 0.0).double()
+        rollout.predictions = rollout.returns + miss * torch.rand(rollout.mask.shape, dtype=REAL)
+        metrics = P.rollout_metrics(rollout, torch.zeros(8), {}, 0.1, settings_of())
+        assert math.isfinite(metrics["val/explained_variance"])
+        assert metrics["val/explained_variance"] == 1 or metrics["val/explained_variance"] < explained
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -1708,6 +1740,19 @@ def without_times(metrics):
     return {name: x for name, x in metrics.items() if not name.startswith(("time/", "perf/"))}
 
 
+def test_the_times_of_an_update_are_those_of_its_phases():
+    """None is negative, and together they are not more than went by."""
+    loop = updates(*learner(), settings_of(num_updates=3))
+    for _ in range(3):
+        started = time.perf_counter()
+        metrics, _ = next(loop)
+        elapsed = time.perf_counter() - started
+        seconds = [x for name, x in metrics.items() if name.startswith("time/")]
+        assert len(seconds) == 4
+        assert min(seconds) >= 0
+        assert 0.5 * elapsed < sum(seconds) <= elapsed
+
+
 def test_the_state_is_complete_at_each_yield():
     """Stopped at each yield and begun anew from copies of state, weights and optimizer, the loop does the same, bit for
     bit: with a schedule, a moving β, critic warm-up and more updates than the prompts last."""
@@ -2140,13 +2185,12 @@ def test_errors_neither_cancel_nor_hide():
 #   [op] in a signature, `Tensor | None`: annotations are never evaluated here (`from __future__ import annotations`).
 #   masked_mean, policy_loss, value_loss [const], `torch.where(mask, ..., 0.0)`: any finite number does in cells that
 #   are left out of the sum, or multiplied by 0.
-#   check_model [ops0], `< 0.02 * own.std()`: another answer at equality only. ppo_update [ops0], the target of the KL:
-#   likewise.
+#   ppo_update [ops0], the target of the KL: another answer at equality only.
 #   ppo_update [op], `sum(norms) + sum(step.values())`: a difference is as little finite.
-#   token_weights [const, dropcall], `.clamp(min=1)`: the weights of an empty reply are masked, whatever they are.
-#   Actor.critic [op], `Tensor | None`: an annotation too. left_pad [const]: any token may pad.
-#   ppo_update [op], `sum(norms) + sum(...)`: a difference is as little finite. generate [const]: how many are decoded
-#   together changes speed only. rollout_metrics [const], 1e-8: a floor that returns of equal value alone reach.
+#   Actor.critic, Actor.__init__ [op], `| None`: annotations too. left_pad [const]: any token may pad.
+#   rollout_metrics [const], 1e-8: a floor that returns of equal value alone reach. ppo_update [attr], zeros_like: every
+#   cell that is read is written first. draw_prompts [ops0]: a pass too many is cut off again.
+#   decode [delete], `.to(device)`: it is there already, without a GPU.
 #   Actor.logprobs [const], `use_reentrant`: chunks are recomputed by the older way, to the same numbers.
 
 
