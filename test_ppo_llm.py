@@ -2187,6 +2187,7 @@ def test_errors_neither_cancel_nor_hide():
 #   are left out of the sum, or multiplied by 0.
 #   ppo_update [ops0], the target of the KL: another answer at equality only.
 #   ppo_update [op], `sum(norms) + sum(step.values())`: a difference is as little finite.
+#   entropy_from_logits [const], -1000: p is 0 below either bound.
 #   Actor.critic, Actor.__init__ [op], `| None`: annotations too. left_pad [const]: any token may pad.
 #   rollout_metrics [const], 1e-8: a floor that returns of equal value alone reach. ppo_update [attr], zeros_like: every
 #   cell that is read is written first. draw_prompts [ops0]: a pass too many is cut off again.
