@@ -110,8 +110,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
-    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of the true KL. As a loss, differentiated on policy, k2 has the gradient of the KL in each state that is met (what a
-    token does to later states is missing), k1 has expected gradient 0 and k3 the gradient of KL(ref ‖ policy).
+    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward k1 gives the policy gradient of the true KL.
+    As a loss, differentiated on policy, k2 has the gradient of the KL in each state that is met (what a token does to
+    later states is missing), k1 has expected gradient 0 and k3 the gradient of KL(ref ‖ policy).
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -1151,7 +1152,7 @@ def import_path(path: str):
 
 
 def load_rewards(specs: tuple[str, ...]) -> list[Reward]:
-    """The functions that `path/to/file.py:function` or `module:function` name. A file is run once, whatever it holds."""
+    """The functions that `path/to/file.py:function` or `module:function` name. A file is run once."""
     rewards = []
     modules = {}
     for spec in specs:

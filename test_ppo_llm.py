@@ -3649,8 +3649,8 @@ def test_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(P, "ppo_update", exhausted)
     told = (
         "out of memory: give a smaller --micro-batch-size, or --gradient-checkpointing; there is no checkpoint yet "
-        f"(see --save-every): train(dataclasses.replace(cfg, resume='{tmp_path}/x'), ...) with the same other arguments "
-        "begins anew"
+        f"(see --save-every): train(dataclasses.replace(cfg, resume='{tmp_path}/x'), ...) with the same "
+        "other arguments begins anew"
     )
     with pytest.raises(P.RunError) as failure:
         P.train(short_run(tmp_path), ["ab", "c"], mean_length, letters_model(), letters_tokenizer())
