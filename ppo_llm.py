@@ -275,7 +275,7 @@ class PPOConfig:
     vf_coef: float = 0.3  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"  # what has equal weight, see token_weights
-    target_kl: float | None = None  # KL(old ‖ new), nats a token, at which an update stops early; None: never
+    target_kl: float | None = 0.1  # KL(old ‖ new), nats a token, that stops an update; the next take smaller steps
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
     @property
@@ -617,6 +617,7 @@ class State:
     kl_coef: float  # β, which an adaptive controller moves
     update: int = 0  # finished updates; so also the place in the learning-rate schedule and in the prompts
     skipped: int = 0  # steps skipped in a row, as not finite, counted over the updates that took no step at all
+    step_size: float = 1.0  # share of the learning rate that target_kl leaves
     returns_mean: float = 0.0  # running mean of the returns of earlier updates
     returns_std: float = 0.0  # and their standard deviation: the units of the critic
 
@@ -791,7 +792,7 @@ def ppo(
         seed_everything(cfg.seed, state.update)
         rates = (cfg.learning_rate, cfg.critic_lr or cfg.learning_rate)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * schedule(state.update, cfg)
+            group["lr"] = rate * schedule(state.update, cfg) * state.step_size
 
         # 1. Generate a reply to each prompt.
         started = time.perf_counter()
@@ -835,6 +836,11 @@ def ppo(
 
         state.update += 1
         state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
+        # Too large a learning rate makes the policy leap: each update that target_kl stops divides it, each other one
+        # gives some of it back.
+        planned = cfg.num_ppo_epochs * cfg.num_mini_batches
+        stopped = stats["policy/steps"] + stats["policy/skipped_steps"] < planned
+        state.step_size = state.step_size / 1.5 if stopped else min(1.0, state.step_size * 1.5)
         if stats["policy/skipped_steps"] == 0:  # else a return may not be finite
             update_critic_units(rollout, state)
         if cfg.kl_target is not None and not critic_only:  # in warm-up KL is 0

@@ -652,7 +652,8 @@ def prompts_of(lengths, V=7, seed=0):
 def settings_of(**changes):
     """Settings of a small update, some of them changed."""
     usual = dict(batch_size=8, num_mini_batches=2, num_ppo_epochs=2, response_length=6)
-    return PPOConfig(**usual | dict(whiten_advantages=False, temperature=0.8) | changes | CASE.get("settings", {}))
+    usual |= dict(whiten_advantages=False, temperature=0.8, target_kl=None)
+    return PPOConfig(**usual | changes | CASE.get("settings", {}))
 
 
 def replies_to(actor, lengths, cfg, stop_ids=(STOP,), seed=0):
@@ -1737,6 +1738,25 @@ def updates(actor, optimizer, state, cfg):
     """The loop on seven prompts, with another model as the reference."""
     prompts = [Prompt([i, 1]) for i in range(7)]
     return P.ppo(actor, tiny_actor(seed=1), optimizer, prompts, share_of_fives, [STOP], cfg, state)
+
+
+def test_an_update_that_target_kl_stops_shrinks_the_next_steps():
+    """The learning rate is divided by 1.5 after a stop and given back after an update without one, up to its whole.
+    Without a target it stays, and a step that was skipped is no stop."""
+    cfg = settings_of(num_updates=3, target_kl=1e-9, learning_rate=1e-2)
+    actor, optimizer, state = learner()
+    rates = [metrics["lr"] for metrics, _ in updates(actor, optimizer, state, cfg)]
+    assert error(rates, [0.01, 0.01 / 1.5, 0.01 / 1.5**2]) < 1e-12
+    cfg = dataclasses.replace(cfg, num_updates=7, target_kl=1e9)
+    rates = [metrics["lr"] for metrics, _ in updates(actor, optimizer, state, cfg)]
+    assert error(rates, [0.01 / 1.5**3, 0.01 / 1.5**2, 0.01 / 1.5, 0.01]) < 1e-12
+    cfg = dataclasses.replace(cfg, num_updates=9, target_kl=None)
+
+    def score(prompts, replies):
+        return torch.full((len(prompts),), math.nan), {}
+
+    loop = P.ppo(actor, tiny_actor(seed=1), optimizer, [Prompt([1])], score, [STOP], cfg, state)
+    assert [(metrics["lr"], metrics["policy/skipped_steps"]) for metrics, _ in loop] == [(0.01, 4), (0.01, 4)]
 
 
 def without_times(metrics):
