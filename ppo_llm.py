@@ -275,7 +275,7 @@ class PPOConfig:
     vf_coef: float = 0.3  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"  # what has equal weight, see token_weights
-    target_kl: float | None = 0.1  # KL(old ‖ new), nats a token, that stops an update; the next take smaller steps
+    target_kl: float | None = 1.0  # KL(old ‖ new), nats a token, that ends an update and shrinks later steps; None: off
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
     @property

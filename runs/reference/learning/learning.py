@@ -2,6 +2,7 @@
 
     python runs/reference/learning/learning.py --seeds 10 11 12 --out runs/reference/learning/defaults.jsonl
     python runs/reference/learning/learning.py --seeds 10 11 12 --lam 0.95 --out lam-0.95.jsonl
+    python runs/reference/learning/learning.py --seeds 10 11 12 --critic separate --out separate.jsonl
     python runs/reference/learning/learning.py --table runs/reference/learning/*.jsonl      # what was measured
 
 Each run trains a GPT-2 from random weights, with one thread, until the mean score of three updates is above the goal of
@@ -46,7 +47,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 STOP = 31  # of the task "length" alone
 
 
-def run(task: str, seed: int, rate: float, changes: dict) -> dict:
+def run(task: str, seed: int, rate: float, critic: str, changes: dict) -> dict:
     """Samples until the goal was reached, None if it never was, and what the critic explained from update 5 on."""
     score_one, goal, updates, settings = TASKS[task]
     is_dense = task.startswith("even")
@@ -64,7 +65,8 @@ def run(task: str, seed: int, rate: float, changes: dict) -> dict:
     def score(prompts, replies):
         return torch.tensor([score_one(prompt, reply) for prompt, reply in zip(prompts, replies)]), {}
 
-    actor = Actor(model)
+    trunk = copy.deepcopy(model) if critic == "separate" else None
+    actor = Actor(model, critic=trunk, action_values=critic == "action-value")
     ref = Actor(copy.deepcopy(model)).requires_grad_(False)
     optimizer = torch.optim.AdamW(actor.parameters(), eps=1e-5, weight_decay=0.0, fused=True)
     stop_ids = [STOP] if task == "length" else []
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[10])
+    parser.add_argument("--critic", default="shared", choices=("shared", "separate", "action-value"))
     parser.add_argument("--out", type=Path, default=Path("learning.jsonl"))
     parser.add_argument("--table", nargs="+", help="print these outputs, run nothing")
     args, others = parser.parse_known_args()
@@ -119,7 +122,7 @@ def main() -> None:
             for seed in args.seeds:
                 if (task, rate, seed) in done:
                     continue
-                row = run(task, seed, rate, changes)
+                row = run(task, seed, rate, args.critic, changes)
                 print(row, flush=True)
                 with open(args.out, "a") as f:
                     f.write(json.dumps(row) + "\n")
