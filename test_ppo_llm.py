@@ -2151,7 +2151,7 @@ MUSEUM = {
     ),
     "only the last minibatch in the metrics": (
         "ppo_update",
-        {"tokens += step_tokens": "tokens = step_tokens", "totals[name] += float(x)": "totals[name] = float(x)"},
+        {"tokens += step_tokens": "tokens = step_tokens", "totals[name] += x": "totals[name] = x"},
         (test_with_learning_rate_0_nothing_moves, "gpt2"),
         harmless(test_with_learning_rate_0_nothing_moves, "gpt2", settings=dict(num_mini_batches=1, num_ppo_epochs=1)),
     ),
