@@ -1679,7 +1679,7 @@ def together(processes: Processes):
     error = None
     try:
         yield
-    except (UsageError, RunError) as e:
+    except (UsageError, RunError, SystemExit) as e:
         error = e
     for e in gather(processes, error):
         if e is not None:
@@ -2079,23 +2079,23 @@ def train(
 
     logging.set_verbosity_error()  # one progress bar, ours
     logging.disable_progress_bar()
-    with in_one_line("the settings"):
-        cfg = as_config(type(cfg), vars(cfg))
-    if cfg.resume:
-        read_config(cfg.resume)  # before models are loaded: is it a run at all?
-    from_python = any(x is not None for x in (prompts, reward, model, tokenizer, eval_prompts))
-    subject = "demo" if model is None else type(model).__name__
-    if cfg.model is not None:
-        subject = Path(cfg.model).name
     processes = start_processes()
-    name = cfg.name or gather(processes, f"{time.strftime('%Y%m%d-%H%M%S')}-{subject}")[0]
-    run = Path(cfg.resume or Path(cfg.runs_dir, name))
-    if run.exists() and not cfg.resume:
-        raise UsageError(f"{run} exists and is not overwritten: give another --name, or go on with --resume {run}")
-    work = f"{cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens"
-    print(f"PPO on {subject}: {work}, written to {run}", flush=True)
-    started = time.perf_counter()
+    now = gather(processes, time.strftime("%Y%m%d-%H%M%S"))[0]
     with together(processes):
+        with in_one_line("the settings"):
+            cfg = as_config(type(cfg), vars(cfg))
+        if cfg.resume:
+            read_config(cfg.resume)  # before models are loaded: is it a run at all?
+        from_python = any(x is not None for x in (prompts, reward, model, tokenizer, eval_prompts))
+        subject = "demo" if model is None else type(model).__name__
+        if cfg.model is not None:
+            subject = Path(cfg.model).name
+        run = Path(cfg.resume or Path(cfg.runs_dir, cfg.name or f"{now}-{subject}"))
+        if run.exists() and not cfg.resume:
+            raise UsageError(f"{run} exists and is not overwritten: give another --name, or go on with --resume {run}")
+        work = f"{cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens"
+        print(f"PPO on {subject}: {work}, written to {run}", flush=True)
+        started = time.perf_counter()
         task = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
     hashes = gather(processes, fingerprint(task))[0]
     shard(processes, task.actor, task.ref)
@@ -2284,7 +2284,9 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):  # a notebook's output cannot
         sys.stdout.reconfigure(errors="replace")  # an encoding without arrows must not end a run
     try:
-        train(parse(sys.argv[1:] if argv is None else argv))
+        with together(start_processes()):
+            cfg = parse(sys.argv[1:] if argv is None else argv)
+        train(cfg)
     except UsageError as e:
         print(f"ppo_llm.py: {e}", file=sys.stderr)
         return 2

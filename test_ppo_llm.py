@@ -3090,7 +3090,85 @@ def test_every_gradient_is_dense():
     assert not any(p.grad.is_sparse for p in actor.parameters() if p.grad is not None)
 
 
-# ---------------------------------------------------------------------------------------------- 10. the folder of a run
+# ----------------------------------------------------------------------------------------------- 10. several processes
+
+SHARED_WORK = {  # name: the kind of model, its critic, settings, options of the update
+    "GPT-2, clipped": ("gpt2", CRITICS[0], dict(), {}),
+    "Llama, a reply at a time": ("llama", CRITICS[3], dict(micro_batch_size=1), {}),
+    "layers computed again": ("gpt2", CRITICS[2], dict(micro_batch_size=2, gradient_checkpointing=True), {}),
+    "fewer replies than processes": ("llama", CRITICS[0], dict(num_mini_batches=4, ent_coef=0.1, lam=0.9), {}),
+    "stopped by the target KL": ("llama", CRITICS[0], dict(num_mini_batches=4, target_kl=0.01), {}),
+    "the critic alone": ("gpt2", CRITICS[1], dict(kl_in="loss", kl_estimator="k2"), dict(critic_only=True)),
+}
+
+
+def shared_work(name, processes):
+    """Two updates on the same replies, by all processes together; then a rollout of what was learnt. All that comes of
+    it: the weights, Adam's moments, metrics, the rollout."""
+    kind, critic, changes, options = SHARED_WORK[name]
+    checkpointing = changes.get("gradient_checkpointing", False)
+    cfg = settings_of(**{key: x for key, x in changes.items() if key != "gradient_checkpointing"})
+    actor, ref, rollout = experience(kind, critic=critic)
+    if checkpointing:
+        learnt = actor.state_dict()
+        actor = made(actor.lm, critic="separate", gradient_checkpointing=True)
+        actor.load_state_dict(learnt)
+    P.shard(processes, actor, ref)
+    policy, critic = policy_and_critic(actor)
+    optimizer = torch.optim.AdamW([{"params": policy}, {"params": critic}], lr=3e-3, eps=1e-5, fused=True)
+    torch.manual_seed(0)
+    metrics = [P.ppo_update(actor, optimizer, rollout, 0.1, cfg, **options) for _ in range(2)]
+    after = replies_to(actor, (3, 1, 2, 5, 4), cfg, seed=1)
+    P.fill_logprobs_and_values(actor, ref, after, cfg)
+    outcome = {f"after/{key}": x for key, x in vars(after).items() if x is not None}
+    for key in ("values", "predictions"):  # in the padding they are anything
+        outcome[f"after/{key}"] = outcome[f"after/{key}"].where(after.mask, 0.0)
+    outcome |= {f"{i}/{key}": real(x) for i, row in enumerate(metrics) for key, x in row.items()}
+    everywhere = P.gather(processes, {key: x.tolist() for key, x in outcome.items()})
+    assert all(same == everywhere[0] for same in everywhere)  # bit for bit
+    outcome |= P.from_shards(processes, actor.state_dict())
+    for i, moments in optimizer.state_dict()["state"].items():
+        outcome |= {f"moments/{i}/{key}": x for key, x in P.from_shards(processes, moments).items()}
+    return outcome
+
+
+def all_shared_work(path):
+    """What each of the processes does."""
+    torch.set_num_threads(1)
+    processes = P.start_processes()
+    outcomes = {name: shared_work(name, processes) for name in SHARED_WORK}
+    if processes.rank == 0:
+        torch.save(outcomes, path)
+
+
+def launch(count, *words, cwd, **env):
+    """A command under torchrun. What torchrun itself prints of a failure begins with the date or a traceback."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    env = ENV | {"COLUMNS": "80", "PYTHONPATH": str(HERE)} | env
+    return subprocess.run([*torchrun, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def launch_function(count, name, *arguments, cwd):
+    code = f"import test_ppo_llm; test_ppo_llm.{name}(*{arguments})"
+    done = launch(count, "--no-python", sys.executable, "-c", code, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_compute_what_one_does(count, tmp_path):
+    launch_function(count, "all_shared_work", str(tmp_path / "outcomes.pt"), cwd=tmp_path)
+    outcomes = torch.load(tmp_path / "outcomes.pt")
+    for name in SHARED_WORK:
+        alone = shared_work(name, P.Processes())
+        assert outcomes[name].keys() == alone.keys()
+        for key, x in alone.items():
+            difference = error(outcomes[name][key], x)
+            assert difference < 1e-5, (name, key)
+    assert alone
+
+
+# ---------------------------------------------------------------------------------------------- 11. the folder of a run
 
 
 def test_speeds_are_those_of_the_times(files, tmp_path, capsys):
@@ -3440,7 +3518,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole(room,
     assert outcome(stopped) == outcome(finished)
 
 
-# --------------------------------------------------------------------------------------------------------- 12. training
+# --------------------------------------------------------------------------------------------------------- 13. training
 
 
 @pytest.mark.parametrize(
