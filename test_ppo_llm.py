@@ -7,6 +7,7 @@ out by hand. Errors are largest absolute differences.
 
 import ast
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -3132,40 +3133,169 @@ def shared_work(name, processes):
     return outcome
 
 
-def all_shared_work(path):
-    """What each of the processes does."""
+def in_two_processes(files, folder):
+    """What each of two processes does: the shared work, a run, and the run once more from its fourth update."""
+    shared_work_of_all(folder)
+    processes = P.start_processes()
+    assert P.main(command(files, f"--num-updates 5 --name whole --runs-dir {folder}")) == 0
+    if processes.rank == 0:
+        stop_after_four(folder / "whole", folder / "again")
+    P.gather(processes, None)  # so that all wait for the copy
+    assert P.main(["--resume", str(folder / "again")]) == 0
+
+
+def in_three_processes(files, folder):
+    """The shared work, and a run that one process began."""
+    shared_work_of_all(folder)
+    assert P.main(["--resume", str(folder / "begun alone")]) == 0
+
+
+def shared_work_of_all(folder):
     torch.set_num_threads(1)
     processes = P.start_processes()
     outcomes = {name: shared_work(name, processes) for name in SHARED_WORK}
     if processes.rank == 0:
-        torch.save(outcomes, path)
+        torch.save(outcomes, folder / "outcomes.pt")
 
 
-def launch(count, *words, cwd, **env):
-    """A command under torchrun. What torchrun itself prints of a failure begins with the date or a traceback."""
+def stop_after_four(run, copy):
+    """A copy of a run of five updates, as it was after the fourth."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "policy")
+    shutil.rmtree(copy / "checkpoints" / "000005")
+
+
+def start(count, *words, cwd):
+    """A command under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    env = ENV | {"COLUMNS": "80", "PYTHONPATH": str(HERE)} | env
-    return subprocess.run([*torchrun, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*torchrun, *words], cwd=cwd, env=ENV | {"PYTHONPATH": str(HERE)}, **pipes)
 
 
-def launch_function(count, name, *arguments, cwd):
-    code = f"import test_ppo_llm; test_ppo_llm.{name}(*{arguments})"
-    done = launch(count, "--no-python", sys.executable, "-c", code, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+def end(process, seconds=100):
+    """What it printed. Where processes wait for each other for ever, torchrun is told to end them all."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        pytest.fail(process.communicate()[1])
+
+
+def launch(count, function, files, folder):
+    """Call a function of this file in several processes."""
+    code = f"import pathlib, test_ppo_llm as T; T.{function.__name__}(*map(pathlib.Path, {[str(files), str(folder)]}))"
+    process = start(count, "--no-python", sys.executable, "-c", code, cwd=folder)
+    _, err = end(process)
+    assert process.returncode == 0, err
+
+
+@pytest.fixture(scope="module")
+def two(files, tmp_path_factory):
+    """The folder of what two processes did."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(2, in_two_processes, files, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(files, finished, tmp_path_factory):
+    """The folder of what three processes did."""
+    folder = tmp_path_factory.mktemp("three")
+    stop_after_four(finished, folder / "begun alone")
+    launch(3, in_three_processes, files, folder)
+    return folder
+
+
+@functools.cache
+def alone(name):
+    return shared_work(name, P.Processes())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_several_processes_compute_what_one_does(count, tmp_path):
-    launch_function(count, "all_shared_work", str(tmp_path / "outcomes.pt"), cwd=tmp_path)
-    outcomes = torch.load(tmp_path / "outcomes.pt")
-    for name in SHARED_WORK:
-        alone = shared_work(name, P.Processes())
-        assert outcomes[name].keys() == alone.keys()
-        for key, x in alone.items():
-            difference = error(outcomes[name][key], x)
-            assert difference < 1e-5, (name, key)
-    assert alone
+@pytest.mark.parametrize("name", SHARED_WORK)
+@pytest.mark.parametrize("count", ["two", "three"])
+def test_several_processes_compute_what_one_does(name, count, request):
+    """Weights, moments, metrics and new replies; with ragged replies, unequal micro-batches and tied embeddings."""
+    outcome = torch.load(request.getfixturevalue(count) / "outcomes.pt")[name]
+    assert outcome.keys() == alone(name).keys()
+    differences = {key: error(x, alone(name)[key]) for key, x in outcome.items()}
+    assert max(differences.values()) < EXACT[SHARED_WORK[name][0]], differences
+    steps = [alone(name)[f"{i}/policy/steps"].item() for i in range(2)]
+    assert (min(steps) < 2 * SHARED_WORK[name][2].get("num_mini_batches", 2)) == (name == "stopped by the target KL")
+
+
+def assert_alike(run, other):
+    """Two runs differ by rounding alone."""
+    for row, expected in zip(metrics_of(run), metrics_of(other), strict=True):
+        assert without_times(row) == pytest.approx(without_times(expected), abs=5e-3)
+    models = [P.load("ModelForCausalLM", f"{folder}/policy", "model", Config()) for folder in (run, other)]
+    assert error(*map(weights_of, models)) < 5e-3
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_is_that_of_one(two, finished):
+    """Its folder holds the same; a resume on as many processes goes on bit for bit."""
+    assert_alike(two / "whole", finished)
+    assert outcome(two / "again") == outcome(two / "whole")
+    saved = [
+        sorted(str(path.relative_to(run)) for path in run.glob("**/*") if "tfevents" not in path.name)
+        for run in (two / "whole", finished)
+    ]
+    assert saved[0] == saved[1]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(two, three, finished, tmp_path):
+    """One that two processes saved with one, and one that one process saved with three."""
+    stop_after_four(two / "whole", tmp_path / "run")
+    assert resume(tmp_path / "run") == 0
+    assert_alike(tmp_path / "run", finished)
+    assert_alike(three / "begun alone", finished)
+
+
+FRAGILE_ON_ONE = """
+import os, random, torch
+calls = 0
+def answers(prompts, completions, **columns):
+    global calls
+    calls += len(prompts) > 1
+    if calls == 3 and os.environ["RANK"] == "1":
+        return [1 / (p != prompts[-1]) for p in prompts]
+    torch.rand(1 + int(os.environ["RANK"]))
+    return [float(a) for a in columns["answer"]]
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_process_ends_all(files, tmp_path):
+    """In the second update, within seconds, after the first is saved, and with one line beside what torchrun tells."""
+    (tmp_path / "fragile.py").write_text(FRAGILE_ON_ONE)
+    words = command(files, f"--num-updates 99 --name x --reward {tmp_path}/fragile.py:answers")
+    process = start(2, P.__file__, *words, cwd=tmp_path)
+    _, err = end(process)
+    assert process.returncode != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("ppo_llm.py: ")]
+    assert "reward answers failed at fragile.py:8: ZeroDivisionError" in line
+    assert "to go on from runs/x/checkpoints/000001" in line
+    assert err.count("Traceback") == 1  # torchrun's own
+    assert [path.name for path in P.checkpoints(tmp_path / "runs" / "x")] == ["000001"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_once(files, tmp_path):
+    """All processes finish the update in hand and leave together; the first tells of it."""
+    words = command(files, "--num-updates 100000 --name x --save-every 99999")
+    process = start(2, P.__file__, *words, cwd=tmp_path)
+    log = tmp_path / "runs" / "x" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = end(process)
+    assert process.returncode != 0
+    assert err.count("SIGINT: finishing the update in hand") == 1
+    done = lines(log)[-1]["update"]
+    assert out.count(f"Stopped by SIGINT after update {done}; to go on from runs/x/checkpoints/{done:06}") == 1
+    assert [path.name for path in P.checkpoints(tmp_path / "runs" / "x")] == [f"{done:06}"]
 
 
 # ---------------------------------------------------------------------------------------------- 11. the folder of a run
