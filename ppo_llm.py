@@ -7,6 +7,7 @@
 
     python ppo_llm.py                                 # embedded demo: no download, no GPU, under a minute
     python ppo_llm.py --model gpt2 --prompts prompts.jsonl --reward rewards.py:score     # on a GPU if there is one
+    torchrun --nproc-per-node 8 ppo_llm.py --model ...                                   # on several
 
 Part I is PPO, and complete. It ends at the line "Part I ends here", needs torch and transformers, and knows nothing of
 files, flags or the terminal. Copy it whole, or one function of it: `for metrics, samples in ppo(...)` trains a model.
@@ -564,12 +565,10 @@ def generate(
     responses = queries.new_zeros(uniform.shape)
     logprobs = torch.zeros(uniform.shape, dtype=actor.value_head.weight.dtype)
     processes = actor.processes
-    share = range(processes.rank, len(queries), processes.count)
-    size = 8 * cfg.replies_at_once
+    share = torch.arange(len(queries))[processes.rank :: processes.count]
     with processes.whole(actor), actor.autocast():  # around all steps: it keeps the rounded weights until it ends
-        for start in range(0, len(share), size):
-            rows = torch.tensor(share[start : start + size])
-            group = (queries[rows], query_mask[rows], uniform[rows])
+        for rows in share.split(8 * cfg.replies_at_once):
+            group = queries[rows], query_mask[rows], uniform[rows]
             responses[rows], logprobs[rows] = decode(actor, *group, stop_ids, cfg.temperature)
     return processes.sum(responses), processes.sum(logprobs)
 
@@ -628,7 +627,7 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor, rollout: Rollout, cfg: PP
     """Fill in what policy, critic and reference say of every response token, by the forward that training uses."""
     B, T = rollout.mask.shape
     filled = torch.zeros(5, B, T, dtype=actor.value_head.weight.dtype)
-    final_values = filled.new_zeros(B)
+    rollout.final_values = filled.new_zeros(B)
     processes = actor.processes
     for index, batch in processes.micro_batches(rollout, torch.arange(B), cfg.replies_at_once, actor.device):
         logprobs, entropy, predictions, values = actor(batch, cfg.temperature)
@@ -636,8 +635,8 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor, rollout: Rollout, cfg: PP
         results = torch.stack([logprobs, entropy, ref_logprobs, values[:, :-1], predictions])
         filled[:, index, : results.shape[2]] = results.cpu()
         lengths = batch.mask.sum(1, keepdim=True)
-        final_values[index] = values.gather(1, lengths).squeeze(1).cpu()
-    rollout.final_values = processes.sum(final_values)
+        rollout.final_values[index] = values.gather(1, lengths).squeeze(1).cpu()
+    rollout.final_values = processes.sum(rollout.final_values)
     filled = processes.sum(filled)
     rollout.logprobs, rollout.entropy, rollout.ref_logprobs, rollout.values, rollout.predictions = filled
 
@@ -759,14 +758,12 @@ def ppo_update(
         mask = rollout.mask[minibatch].to(rollout.advantages.dtype)
         step_tokens = int(mask.sum())
         rollout.token_weights[minibatch] = token_weights(mask, cfg.loss_aggregation)
-        step = defaultdict(float)  # sums over the tokens of this step
+        sums = 0.0  # over the tokens of this step
         for _, batch in processes.micro_batches(rollout, minibatch, cfg.replies_at_once, actor.device):
             loss, stats = ppo_loss(actor, batch, kl_coef, cfg)
             (loss / step_tokens).backward()
-            for name, x in stats.items():
-                step[name] += x
-        sums = processes.sum(torch.stack(list(step.values())))
-        step = dict(zip(step, sums.tolist()))
+            sums += torch.stack(list(stats.values()))
+        step = dict(zip(stats, processes.sum(sums).tolist()))
         if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
             actor.lm.zero_grad()
         # Clipped apart: large errors of a critic's own parameters must not shrink the policy's step.
@@ -2084,6 +2081,9 @@ def train(
     with together(processes):
         with in_one_line("the settings"):
             cfg = as_config(type(cfg), vars(cfg))
+        if processes.count > max(1, cfg.batch_size // 2):
+            expected = f"at least {2 * processes.count}, two replies for each process"
+            raise UsageError(f"--batch-size {cfg.batch_size}: expected {expected}")
         if cfg.resume:
             read_config(cfg.resume)  # before models are loaded: is it a run at all?
         from_python = any(x is not None for x in (prompts, reward, model, tokenizer, eval_prompts))

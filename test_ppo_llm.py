@@ -3114,7 +3114,13 @@ def shared_work(name, processes):
         learnt = actor.state_dict()
         actor = made(actor.lm, critic="separate", gradient_checkpointing=True)
         actor.load_state_dict(learnt)
+    size = len(weights_of(actor)) + len(weights_of(ref))
     P.shard(processes, actor, ref)
+    if processes.count > 1:
+        held = sum(p.to_local().numel() for p in [*actor.parameters(), *ref.parameters()])
+        assert held < 1.3 * size / processes.count
+        trunks = 2 if SHARED_WORK[name][1][0] == "separate" else 1
+        assert len(P.sharded_modules(actor)) == 2 * trunks + 1  # two layers each, and the rest
     policy, critic = policy_and_critic(actor)
     optimizer = torch.optim.AdamW([{"params": policy}, {"params": critic}], lr=3e-3, eps=1e-5, fused=True)
     torch.manual_seed(0)
@@ -3137,6 +3143,7 @@ def in_two_processes(files, folder):
     """What each of two processes does: the shared work, a run, and the run once more from its fourth update."""
     shared_work_of_all(folder)
     processes = P.start_processes()
+    assert P.main(command(files, f"--batch-size 2 --num-mini-batches 1 --name none --runs-dir {folder}")) == 2
     assert P.main(command(files, f"--num-updates 5 --name whole --runs-dir {folder}")) == 0
     if processes.rank == 0:
         stop_after_four(folder / "whole", folder / "again")
@@ -3207,7 +3214,7 @@ def three(files, finished, tmp_path_factory):
 
 
 @functools.cache
-def alone(name):
+def by_one_process(name):
     return shared_work(name, P.Processes())
 
 
@@ -3217,10 +3224,10 @@ def alone(name):
 def test_several_processes_compute_what_one_does(name, count, request):
     """Weights, moments, metrics and new replies; with ragged replies, unequal micro-batches and tied embeddings."""
     outcome = torch.load(request.getfixturevalue(count) / "outcomes.pt")[name]
-    assert outcome.keys() == alone(name).keys()
-    differences = {key: error(x, alone(name)[key]) for key, x in outcome.items()}
+    assert outcome.keys() == by_one_process(name).keys()
+    differences = {key: error(x, by_one_process(name)[key]) for key, x in outcome.items()}
     assert max(differences.values()) < EXACT[SHARED_WORK[name][0]], differences
-    steps = [alone(name)[f"{i}/policy/steps"].item() for i in range(2)]
+    steps = [by_one_process(name)[f"{i}/policy/steps"].item() for i in range(2)]
     assert (min(steps) < 2 * SHARED_WORK[name][2].get("num_mini_batches", 2)) == (name == "stopped by the target KL")
 
 
