@@ -3114,6 +3114,8 @@ def shared_work(name, processes):
         learnt = actor.state_dict()
         actor = made(actor.lm, critic="separate", gradient_checkpointing=True)
         actor.load_state_dict(learnt)
+    for p in [*actor.parameters(), *ref.parameters()]:
+        p.data += processes.rank  # what the others begin with does not count
     size = len(weights_of(actor)) + len(weights_of(ref))
     P.shard(processes, actor, ref)
     if processes.count > 1:
@@ -3139,16 +3141,35 @@ def shared_work(name, processes):
     return outcome
 
 
+UNEVEN = """
+import os, signal, torch
+calls = 0
+def answers(prompts, completions, **columns):
+    torch.rand(1 + int(os.environ.get("RANK", 0)))  # other random numbers are left on each process
+    return [float(a) for a in columns["answer"]]
+def stop(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+    return [0.0] * len(prompts)
+"""
+
+
 def in_two_processes(files, folder):
-    """What each of two processes does: the shared work, a run, and the run once more from its fourth update."""
+    """What each of two processes does: the shared work, a run, the run once more from its fourth update, and one in
+    whose second update one process is asked to stop."""
     shared_work_of_all(folder)
     processes = P.start_processes()
     assert P.main(command(files, f"--batch-size 2 --num-mini-batches 1 --name none --runs-dir {folder}")) == 2
-    assert P.main(command(files, f"--num-updates 5 --name whole --runs-dir {folder}")) == 0
+    uneven = f"--runs-dir {folder} --reward {folder}/uneven.py"
+    assert P.main(command(files, f"--num-updates 5 --name whole {uneven}:answers")) == 0
     if processes.rank == 0:
         stop_after_four(folder / "whole", folder / "again")
     P.gather(processes, None)  # so that all wait for the copy
     assert P.main(["--resume", str(folder / "again")]) == 0
+    assert P.main(command(files, f"--num-updates 9 --name stopped {uneven}:stop")) == 143
+    assert [path.name for path in P.checkpoints(folder / "stopped")] == ["000002"]
 
 
 def in_three_processes(files, folder):
@@ -3200,6 +3221,7 @@ def launch(count, function, files, folder):
 def two(files, tmp_path_factory):
     """The folder of what two processes did."""
     folder = tmp_path_factory.mktemp("two")
+    (folder / "uneven.py").write_text(UNEVEN)
     launch(2, in_two_processes, files, folder)
     return folder
 
@@ -3261,14 +3283,13 @@ def test_a_run_goes_on_with_another_number_of_processes(two, three, finished, tm
 
 
 FRAGILE_ON_ONE = """
-import os, random, torch
+import os
 calls = 0
 def answers(prompts, completions, **columns):
     global calls
     calls += len(prompts) > 1
     if calls == 3 and os.environ["RANK"] == "1":
         return [1 / (p != prompts[-1]) for p in prompts]
-    torch.rand(1 + int(os.environ["RANK"]))
     return [float(a) for a in columns["answer"]]
 """
 
