@@ -7,6 +7,7 @@
 
     python ppo_llm.py                                 # embedded demo: no download, no GPU, under a minute
     python ppo_llm.py --model gpt2 --prompts prompts.jsonl --reward rewards.py:score     # on a GPU if there is one
+    torchrun --nproc-per-node 8 ppo_llm.py --model ...                                   # on several
 
 Part I is PPO, and complete. It ends at the line "Part I ends here", needs torch and transformers, and knows nothing of
 files, flags or the terminal. Copy it whole, or one function of it: `for metrics, samples in ppo(...)` trains a model.
@@ -35,6 +36,7 @@ Ziegler et al. 2019 (1909.08593); KL estimators, Schulman 2020 (joschu.net/blog/
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
@@ -357,6 +359,28 @@ class Rollout:
         return [torch.tensor(group) for group in groups]
 
 
+class Processes:
+    """The processes that train one model together: here, one. Part II has those that torchrun starts.
+
+    Each computes its share of the replies, and what they computed is added up.
+    """
+    rank = 0
+    count = 1
+
+    def micro_batches(self, rollout: Rollout, index: Tensor, size: int, device) -> Iterator[tuple]:
+        """This process's share of the replies `index`, cut into micro-batches: (their indices, the micro-batch)."""
+        for group in rollout.micro_batches(index, size, device):
+            yield group, rollout.select(group, device)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x added up over the processes."""
+        return x
+
+    def whole(self, actor: Actor):
+        """A context in which each process holds all weights of the actor."""
+        return contextlib.nullcontext()
+
+
 LOGITS_AT_ONCE = 2**26  # vocabulary logits in memory at a time: 256 MB in float32
 
 
@@ -379,6 +403,7 @@ class Actor(nn.Module):
         if lm.dtype.itemsize < 4:
             raise ValueError(f"weights in {lm.dtype}: expected float32, for AdamW's small steps; call model.float()")
         self.dtype = dtype
+        self.processes = Processes()
         self.action_values = action_values
         self.lm = lm.eval()  # no dropout: with it the first ratio would not be 1
         self.critic_trunk = None if critic is None else critic.base_model.eval()
@@ -537,12 +562,15 @@ def generate(
     neither on its group nor on the device. Eight micro-batches are decoded together, as no activations are kept.
     """
     uniform = torch.rand(len(queries), cfg.response_length, dtype=torch.float64)
-    size = 8 * cfg.replies_at_once
-    groups = zip(queries.split(size), query_mask.split(size), uniform.split(size))
-    with actor.autocast():  # around all steps: it keeps the rounded weights until it ends
-        parts = [decode(actor, *group, stop_ids, cfg.temperature) for group in groups]
-    responses, logprobs = zip(*parts)
-    return torch.cat(responses), torch.cat(logprobs)
+    responses = queries.new_zeros(uniform.shape)
+    logprobs = torch.zeros(uniform.shape, dtype=actor.value_head.weight.dtype)
+    processes = actor.processes
+    share = torch.arange(len(queries))[processes.rank :: processes.count]
+    with processes.whole(actor), actor.autocast():  # around all steps: it keeps the rounded weights until it ends
+        for rows in share.split(8 * cfg.replies_at_once):
+            group = queries[rows], query_mask[rows], uniform[rows]
+            responses[rows], logprobs[rows] = decode(actor, *group, stop_ids, cfg.temperature)
+    return processes.sum(responses), processes.sum(logprobs)
 
 
 def decode(
@@ -600,14 +628,16 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor, rollout: Rollout, cfg: PP
     B, T = rollout.mask.shape
     filled = torch.zeros(5, B, T, dtype=actor.value_head.weight.dtype)
     rollout.final_values = filled.new_zeros(B)
-    for index in rollout.micro_batches(torch.arange(B), cfg.replies_at_once, actor.device):
-        batch = rollout.select(index, actor.device)
+    processes = actor.processes
+    for index, batch in processes.micro_batches(rollout, torch.arange(B), cfg.replies_at_once, actor.device):
         logprobs, entropy, predictions, values = actor(batch, cfg.temperature)
         ref_logprobs = ref(batch, cfg.temperature)[0]
         results = torch.stack([logprobs, entropy, ref_logprobs, values[:, :-1], predictions])
         filled[:, index, : results.shape[2]] = results.cpu()
         lengths = batch.mask.sum(1, keepdim=True)
         rollout.final_values[index] = values.gather(1, lengths).squeeze(1).cpu()
+    rollout.final_values = processes.sum(rollout.final_values)
+    filled = processes.sum(filled)
     rollout.logprobs, rollout.entropy, rollout.ref_logprobs, rollout.values, rollout.predictions = filled
 
 
@@ -718,6 +748,7 @@ def ppo_update(
     not finite is left out, with its metrics, and counted. A step that finds the policy beyond target_kl ends the update
     and is not taken; its metrics are in the means.
     """
+    processes = actor.processes
     totals = defaultdict(float)  # sums over the tokens of all steps
     tokens = 0  # in all steps
     policy_norms = []  # before clipping
@@ -728,18 +759,17 @@ def ppo_update(
         mask = rollout.mask[minibatch].to(rollout.advantages.dtype)
         step_tokens = int(mask.sum())
         rollout.token_weights[minibatch] = token_weights(mask, cfg.loss_aggregation)
-        step = defaultdict(float)  # sums over the tokens of this step
-        for index in rollout.micro_batches(minibatch, cfg.replies_at_once, actor.device):
-            batch = rollout.select(index, actor.device)
+        sums = 0.0  # over the tokens of this step
+        for _, batch in processes.micro_batches(rollout, minibatch, cfg.replies_at_once, actor.device):
             loss, stats = ppo_loss(actor, batch, kl_coef, cfg)
             (loss / step_tokens).backward()
-            for name, x in stats.items():
-                step[name] += x
+            sums += torch.stack(list(stats.values()))
+        step = dict(zip(stats, processes.sum(sums).tolist()))
         if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
             actor.lm.zero_grad()
         # Clipped apart: large errors of a critic's own parameters must not shrink the policy's step.
         groups = [group["params"] for group in optimizer.param_groups]
-        norms = [nn.utils.clip_grad_norm_(group, cfg.max_grad_norm or math.inf) for group in groups]
+        norms = [processes.sum(nn.utils.clip_grad_norm_(group, cfg.max_grad_norm or math.inf)) for group in groups]
         finite = math.isfinite(sum(norms) + sum(step.values()))
         too_far = cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl * step_tokens
         if not finite:
@@ -751,7 +781,7 @@ def ppo_update(
         if finite:
             tokens += step_tokens
             for name, x in step.items():
-                totals[name] += float(x)
+                totals[name] += x
             if too_far:
                 break
     metrics = {name: total / tokens for name, total in totals.items()}
@@ -917,7 +947,7 @@ def rollout_metrics(
 # Part II: the program around it. Prompts, rewards, models, the run's folder, the terminal, the demo, the command line.
 # ----------------------------------------------------------------------------------------------------------------------
 
-import contextlib
+import atexit
 import copy
 import ctypes
 import dataclasses
@@ -937,7 +967,10 @@ import textwrap
 import threading
 import traceback
 import typing
+import warnings
 from pathlib import Path
+
+import torch.distributed as dist
 
 Reward = Callable[..., list[float]]  # f(prompts, completions, **columns), as in TRL's GRPOTrainer
 
@@ -1319,6 +1352,8 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     with in_one_line(f"--device {cfg.device}: expected a device that torch has here, such as cpu"):
         best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         device = best if cfg.device == "auto" else torch.device(cfg.device)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun's number of the process
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # so that nothing is put on the first GPU by default
@@ -1440,7 +1475,23 @@ class Task:
     stop_ids: list[int]
 
     def score(self, prompts: list[Prompt], replies: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `ppo` asks for: scores [B], and what each reward function said, {name: [B]}."""
+        """What `ppo` asks for: scores [B], and what each reward function said, {name: [B]}.
+
+        Each process scores its share of the prompts, with all the replies to them.
+        """
+        processes = self.actor.processes
+        numbers = {key: n for n, key in enumerate(dict.fromkeys(map(id, prompts)))}
+        rows = [i for i, prompt in enumerate(prompts) if numbers[id(prompt)] % processes.count == processes.rank]
+        parts = torch.zeros(len(self.rewards), len(prompts))
+        # A reward may draw random numbers. The update must not miss them, or processes would shuffle in other ways.
+        with together(processes), torch.random.fork_rng(devices=[]):
+            if rows:
+                parts[:, rows] = self.ask_rewards([prompts[i] for i in rows], [replies[i] for i in rows])
+        parts = processes.sum(parts)
+        scores = sum(weight * part.nan_to_num() for weight, part in zip(self.reward_weights, parts))
+        return scores, dict(zip(self.rewards, parts))
+
+    def ask_rewards(self, prompts: list[Prompt], replies: list[list[int]]) -> Tensor:  # [rewards, B]
         completions = []
         for prompt, ids in zip(prompts, replies):
             text = reply_text(self.tokenizer, prompt, ids)
@@ -1448,9 +1499,7 @@ class Task:
             completions.append(text if is_text else [{"role": "assistant", "content": text}])
         columns = {key: [prompt.row[key] for prompt in prompts] for key in prompts[0].row}
         columns |= {"prompts": columns.pop("prompt"), "completions": completions, "completion_ids": replies}
-        parts = call_rewards(self.rewards, columns)
-        scores = sum(weight * part.nan_to_num() for weight, part in zip(self.reward_weights, parts.values()))
-        return scores, parts
+        return torch.stack(list(call_rewards(self.rewards, columns).values()))
 
 
 def pick_prompts(
@@ -1552,7 +1601,161 @@ def prepare(cfg: Config, prompts, reward, model, tokenizer, eval_prompts) -> Tas
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. The folder of a run: logs, checkpoints, resume
+# 10. Several processes: torchrun and FSDP2. Where there is one, all of it does nothing.
+#     Every process holds all that Part I knows of a rollout: each computes the rows of its share, the others are 0, and
+#     the sum over the processes is the whole. So advantages, metrics and shuffling are the same computation on each.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Torchrun(Processes):
+    """The processes that torchrun started."""
+
+    def __init__(self):
+        self.rank = dist.get_rank()
+        self.count = dist.get_world_size()
+
+    def micro_batches(self, rollout: Rollout, index: Tensor, size: int, device) -> Iterator[tuple]:
+        """As many micro-batches on each process, since FSDP2 gathers the weights of a layer from all at the same time.
+
+        Every process knows the shares of all. One that has fewer makes up for it with batches of no valid token.
+        """
+        shares = [rollout.micro_batches(index[rank :: self.count], size, device) for rank in range(self.count)]
+        groups = [group for group in shares[self.rank] if len(group) > 0]
+        for group in groups:
+            yield group, rollout.select(group, device)
+        for _ in range(max(map(len, shares)) - len(groups)):
+            batch = rollout.select(index[:1], device)
+            batch.mask, batch.valid = torch.zeros_like(batch.mask), batch.valid[:0]
+            yield index[:0], batch
+
+    def sum(self, x: Tensor) -> Tensor:
+        if hasattr(x, "full_tensor"):  # the norm of gradients in shards
+            return x.full_tensor()
+        dist.all_reduce(x)
+        return x
+
+    @contextlib.contextmanager
+    def whole(self, actor: Actor):
+        """Processes decode different numbers of tokens, so here the layers must not wait for each other."""
+        actor.set_reshard_after_forward(False)
+        for module in sharded_modules(actor):
+            module.unshard()
+        yield
+        for module in sharded_modules(actor):
+            module.reshard()
+        actor.set_reshard_after_forward(True)
+
+
+def start_processes() -> Processes:
+    """Those that torchrun started, this one among them, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Processes()
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return Torchrun()
+
+
+@contextlib.contextmanager
+def first_alone_speaks():
+    """What the other processes print is lost, but not the traceback of an error that nobody expected."""
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
+
+def gather(processes: Processes, x) -> list:
+    """What x is on each process."""
+    if processes.count == 1:
+        return [x]
+    everywhere = [None] * processes.count
+    dist.all_gather_object(everywhere, x)
+    return everywhere
+
+
+@contextlib.contextmanager
+def together(processes: Processes):
+    """What fails inside on one process fails on all, so that none waits for ever for one that has left."""
+    error = None
+    try:
+        yield
+    except (UsageError, RunError, SystemExit) as e:
+        error = e
+    for e in gather(processes, error):
+        if e is not None:
+            raise e
+
+
+def sharded_modules(actor: Actor) -> list:
+    """The units of FSDP2: each layer, and last the actor, with what is in no layer, such as embedding and heads."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in actor.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [*reversed(layers), actor]  # a layer within a layer comes first
+
+
+def shard(processes: Processes, actor: Actor, ref: Actor) -> None:
+    """Leave each process a part of every weight of the first process."""
+    if processes.count == 1:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    # It warns of the views that `Actor.forward` returns, in case somebody writes into them. Nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    actor.processes = processes
+    actor.lm.get_input_embeddings().sparse = False  # FSDP2 adds up dense gradients only
+    mesh = dist.init_device_mesh(actor.device.type, (processes.count,))
+    one = torch.ones(1, 1, dtype=torch.long)
+    smallest = Rollout(one, one == 1, one, one == 1, one[0] == 1, one).select(torch.tensor([0]), actor.device)
+    for model in (actor, ref):
+        for x in model.state_dict().values():
+            dist.broadcast(x, 0)
+        for module in sharded_modules(model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            module.set_gradient_divide_factor(1.0)  # gradients are added up, like all else
+            module.set_force_sum_reduction_for_comms(True)
+        with torch.no_grad():
+            model(smallest, 1.0)  # the whole before its layers, which `decode` calls: FSDP2 takes what is first as root
+
+
+def from_shards(processes: Processes, tensors: dict) -> dict:
+    """The whole of each tensor, in the memory of the first process; the others get nothing."""
+    whole = {}
+    for name, x in tensors.items():
+        x = x.full_tensor() if hasattr(x, "full_tensor") else x
+        if processes.rank == 0:
+            whole[name] = x.cpu()
+    return whole
+
+
+def to_shards(saved: dict, actor: Actor, optimizer: torch.optim.Optimizer) -> dict:
+    """A checkpoint, which holds whole tensors, with this process's part of those that are in shards here."""
+    if actor.processes.count == 1:
+        return saved
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def part(x: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor) or x.shape != like.shape:  # Adam's count of steps is no tensor of weights
+            return x
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    weights = actor.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        i: {name: part(x, parameters[i]) for name, x in state.items()}
+        for i, state in saved["optimizer"]["state"].items()
+    }
+    return saved | {
+        "actor": {name: part(x, weights[name]) for name, x in saved["actor"].items()},
+        "optimizer": saved["optimizer"] | {"state": moments},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. The folder of a run: logs, checkpoints, resume
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -1611,8 +1814,8 @@ def how_to_resume(run: Path, from_python: bool) -> str:
     return f"to go on from {checkpoints(run)[-1]}: {command}"
 
 
-def save_policy(task: Task, folder: Path) -> None:
-    task.actor.lm.save_pretrained(folder)
+def save_policy(task: Task, folder: Path, weights: dict) -> None:
+    task.actor.lm.save_pretrained(folder, state_dict=weights)
     task.tokenizer.save_pretrained(folder)
 
 
@@ -1621,19 +1824,25 @@ def save_checkpoint(run: Path, task: Task, optimizer: torch.optim.Optimizer, sta
 
     All that a resume needs is in state.pt. The policy beside it is for use: it loads like the final one.
     """
+    processes = task.actor.processes
+    weights = from_shards(processes, task.actor.state_dict())
+    adam = optimizer.state_dict()
+    adam["state"] = {i: from_shards(processes, moments) for i, moments in adam["state"].items()}
     folder = run / "checkpoints" / f"{state.update:06d}"
-    if not folder.exists():
-        with all_or_nothing(folder) as temporary:
-            save_policy(task, temporary / "policy")
-            content = {
-                "state": vars(state),
-                "actor": task.actor.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "logs": {name: (run / name).stat().st_size for name in LOGS},
-            }
-            torch.save(content, temporary / "state.pt")
-    for old in checkpoints(run)[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
+    with together(processes):
+        if processes.rank == 0 and not folder.exists():
+            with all_or_nothing(folder) as temporary:
+                policy = {name[3:]: x for name, x in weights.items() if name.startswith("lm.")}
+                save_policy(task, temporary / "policy", policy)
+                content = {
+                    "state": vars(state),
+                    "actor": weights,
+                    "optimizer": adam,
+                    "logs": {name: (run / name).stat().st_size for name in LOGS},
+                }
+                torch.save(content, temporary / "state.pt")
+            for old in checkpoints(run)[:-2]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def read_config(run: Path | str) -> tuple[Config, dict]:
@@ -1652,7 +1861,7 @@ def fingerprint(task: Task) -> dict[str, str]:
     return {name: hashlib.sha256(str(x).encode()).hexdigest() for name, x in content.items()}
 
 
-def begin(run: Path, cfg: Config, task: Task) -> State:
+def begin(run: Path, cfg: Config, task: Task, hashes: dict[str, str]) -> State:
     """Make the folder, with all that is needed to run it again in config.json."""
     import transformers
 
@@ -1661,11 +1870,12 @@ def begin(run: Path, cfg: Config, task: Task) -> State:
         "command": sys.argv,
         "device": f"{task.actor.device}, {task.actor.dtype}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "sha256": fingerprint(task),
+        "sha256": hashes,
     }
-    with in_one_line(f"cannot create {run}, give another --runs-dir or --name"):
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if task.actor.processes.rank == 0:
+        with in_one_line(f"cannot create {run}, give another --runs-dir or --name"):
+            run.mkdir(parents=True)
+            (run / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return State(cfg.kl_coef)
 
 
@@ -1680,11 +1890,17 @@ def refuse_changes(run: Path, there: dict, here: dict) -> None:
         raise UsageError(f"--resume {run}: {'; '.join(changed)}; only {', '.join(MAY_CHANGE[:-1])} may change")
 
 
-def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer) -> State:
+def resume(
+    run: Path,
+    cfg: Config,
+    task: Task,
+    hashes: dict[str, str],
+    optimizer: torch.optim.Optimizer,
+) -> State:
     """The state of the run's last checkpoint, with the logs cut back to it; the beginning if it has none."""
-    before, hashes = read_config(run)
+    before, hashes_before = read_config(run)
     refuse_changes(run, dataclasses.asdict(before), dataclasses.asdict(cfg))
-    refuse_changes(run, hashes, fingerprint(task))
+    refuse_changes(run, hashes_before, hashes)
     if cfg.num_updates != before.num_updates and cfg.lr_scheduler_type != "constant":
         spread = f"is spread over {cfg.num_updates} updates now instead of {before.num_updates}, so it jumps"
         print(f"The {cfg.lr_scheduler_type} decay of the learning rate {spread}")
@@ -1694,6 +1910,7 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
         last = checkpoints(run)[-1]
         with in_one_line(f"{last} is damaged or of another program; remove it to go on from what is before it"):
             saved = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
+            saved = to_shards(saved, task.actor, optimizer)
             task.actor.load_state_dict(saved["actor"])
             optimizer.load_state_dict(saved["optimizer"])
             state, sizes = State(**saved["state"]), saved["logs"]
@@ -1701,7 +1918,7 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
         needs = "to go on, it needs a larger --num-updates and a checkpoint (see --save-every)"
         raise UsageError(f"--resume {run}: the run is complete; {needs}")
     for name, size in sizes.items():
-        with open(run / name, "ab") as f:
+        with open(run / name, "ab") as f:  # each process may cut, to the same size
             if f.tell() < size:
                 raise UsageError(f"{run / name} is shorter than at the last checkpoint: put it back, or begin anew")
             f.truncate(size)
@@ -1709,7 +1926,7 @@ def resume(run: Path, cfg: Config, task: Task, optimizer: torch.optim.Optimizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 11. The terminal
+# 12. The terminal
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1796,7 +2013,7 @@ def report(run: Path, seconds: dict[str, float], device: torch.device) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 12. Training
+# 13. Training
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1845,6 +2062,7 @@ def add_speeds(metrics: dict[str, float], cfg: Config) -> None:
     metrics["perf/update_tokens_per_second"] = epochs * trained / metrics["time/update"]
 
 
+@first_alone_speaks()
 def train(
     cfg: Config,
     prompts: list | None = None,
@@ -1864,38 +2082,52 @@ def train(
 
     logging.set_verbosity_error()  # one progress bar, ours
     logging.disable_progress_bar()
-    with in_one_line("the settings"):
-        cfg = as_config(type(cfg), vars(cfg))
-    if cfg.resume:
-        read_config(cfg.resume)  # before models are loaded: is it a run at all?
-    from_python = any(x is not None for x in (prompts, reward, model, tokenizer, eval_prompts))
-    subject = "demo" if model is None else type(model).__name__
-    if cfg.model is not None:
-        subject = Path(cfg.model).name
-    name = cfg.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{subject}"
-    run = Path(cfg.resume or Path(cfg.runs_dir, name))
-    if run.exists() and not cfg.resume:
-        raise UsageError(f"{run} exists and is not overwritten: give another --name, or go on with --resume {run}")
-    work = f"{cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens"
-    print(f"PPO on {subject}: {work}, written to {run}", flush=True)
-    started = time.perf_counter()
-    task = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
+    processes = start_processes()
+    now = gather(processes, time.strftime("%Y%m%d-%H%M%S"))[0]
+    with together(processes):
+        with in_one_line("the settings"):
+            cfg = as_config(type(cfg), vars(cfg))
+        if processes.count > max(1, cfg.batch_size // 2):
+            expected = f"at least {2 * processes.count}, two replies for each process"
+            raise UsageError(f"--batch-size {cfg.batch_size}: expected {expected}")
+        if cfg.resume:
+            read_config(cfg.resume)  # before models are loaded: is it a run at all?
+        from_python = any(x is not None for x in (prompts, reward, model, tokenizer, eval_prompts))
+        subject = "demo" if model is None else type(model).__name__
+        if cfg.model is not None:
+            subject = Path(cfg.model).name
+        run = Path(cfg.resume or Path(cfg.runs_dir, cfg.name or f"{now}-{subject}"))
+        if run.exists() and not cfg.resume:
+            raise UsageError(f"{run} exists and is not overwritten: give another --name, or go on with --resume {run}")
+        work = f"{cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens"
+        print(f"PPO on {subject}: {work}, written to {run}", flush=True)
+        started = time.perf_counter()
+        task = prepare(cfg, prompts, reward, model, tokenizer, eval_prompts)
+    hashes = gather(processes, fingerprint(task))[0]
+    shard(processes, task.actor, task.ref)
     critic = [p for name, p in task.actor.named_parameters() if not name.startswith("lm.")]
     groups = [{"params": task.actor.lm.parameters()}, {"params": critic}]
     fused = task.actor.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=fused)
-    state = resume(run, cfg, task, optimizer) if cfg.resume else begin(run, cfg, task)
-    board = tensorboard(run, state.update)
+    with together(processes):
+        state = resume(run, cfg, task, hashes, optimizer) if cfg.resume else begin(run, cfg, task, hashes)
+    board = tensorboard(run, state.update) if processes.rank == 0 else None
+
+    def log(metrics: dict[str, float], samples: list[dict]) -> None:
+        with together(processes):
+            if processes.rank == 0:
+                write_log(run, board, metrics, samples)
+
     seconds = defaultdict(float, setup=time.perf_counter() - started)
     try:
         with finish_on_signal() as asked, progress(cfg.num_updates, state.update) as bar:
             if state.update == 0:
                 bar.set_postfix_str("held-out prompts, before")
-                write_log(run, board, *evaluate_held_out(task, cfg, 0))
+                log(*evaluate_held_out(task, cfg, 0))
             updates = ppo(task.actor, task.ref, optimizer, task.prompts, task.score, task.stop_ids, cfg, state)
             for metrics, samples in updates:
                 add_speeds(metrics, cfg)
-                write_log(run, board, metrics, [sample_row(task, state.update, *sample) for sample in samples])
+                log(metrics, [sample_row(task, state.update, *sample) for sample in samples])
                 for name in ("generate", "reward", "evaluate", "update"):
                     seconds[name] += metrics[f"time/{name}"]
                 score, kl = metrics["objective/scores"], metrics["objective/kl"]
@@ -1907,30 +2139,40 @@ def train(
                     raise RunError(f"loss or gradient were not finite in {steps}, with a mean score of {score:.3g}")
                 # The end of a run with checkpoints is one too: a resume must not go back to what was before it.
                 at_end = state.update == cfg.num_updates and (cfg.save_every or checkpoints(run))
-                if asked or at_end or (cfg.save_every and state.update % cfg.save_every == 0):
+                save = at_end or (cfg.save_every and state.update % cfg.save_every == 0)
+                # Here all processes learn whether one of them was asked to stop, and what the first sees in the folder.
+                stops, saves = zip(*gather(processes, (tuple(asked), bool(save))))
+                stop = sum(stops, ())
+                if stop or saves[0]:
                     save_checkpoint(run, task, optimizer, state)
-                if asked:
+                if stop:
                     bar.close()
-                    name = signal.Signals(asked[0]).name
+                    name = signal.Signals(stop[0]).name
                     print(f"Stopped by {name} after update {state.update}; {how_to_resume(run, from_python)}")
-                    raise KeyboardInterrupt(*asked)
-            write_log(run, board, *evaluate_held_out(task, cfg, state.update))
-            with all_or_nothing(run / "policy") as folder:
-                save_policy(task, folder)
+                    raise KeyboardInterrupt(*stop)
+            log(*evaluate_held_out(task, cfg, state.update))
+            weights = from_shards(processes, task.actor.lm.state_dict())
+            with together(processes):
+                if processes.rank == 0:
+                    with all_or_nothing(run / "policy") as folder:
+                        save_policy(task, folder, weights)
     except (RunError, FloatingPointError, torch.OutOfMemoryError) as e:
         if isinstance(e, RewardError) and state.update > 0:
             save_checkpoint(run, task, optimizer, state)
         reason = str(e)
         if isinstance(e, torch.OutOfMemoryError):
+            if processes.count > 1:
+                raise  # on this process alone, whatever is printed on the others
             reason = "out of memory: give a smaller --micro-batch-size, or --gradient-checkpointing"
         raise RunError(f"{reason}; {how_to_resume(run, from_python)}") from e
     seconds["the rest"] = time.perf_counter() - started - sum(seconds.values())
-    report(run, seconds, task.actor.device)
+    if processes.rank == 0:
+        report(run, seconds, task.actor.device)
     return run
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 13. The demo: delete it, and a trainer is left
+# 14. The demo: delete it, and a trainer is left
 # ----------------------------------------------------------------------------------------------------------------------
 
 GOOD = "superb moving charming funny clever".split()
@@ -2020,7 +2262,7 @@ def demo_task(seed: int, steps: int = 160):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 14. The command line
+# 15. The command line
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2042,12 +2284,15 @@ def parse(argv: list[str]) -> Config:
     return cfg
 
 
+@first_alone_speaks()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 bad usage, 130 interrupted, 143 terminated."""
     with contextlib.suppress(AttributeError):  # a notebook's output cannot
         sys.stdout.reconfigure(errors="replace")  # an encoding without arrows must not end a run
     try:
-        train(parse(sys.argv[1:] if argv is None else argv))
+        with together(start_processes()):
+            cfg = parse(sys.argv[1:] if argv is None else argv)
+        train(cfg)
     except UsageError as e:
         print(f"ppo_llm.py: {e}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ out by hand. Errors are largest absolute differences.
 
 import ast
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -2171,7 +2172,7 @@ MUSEUM = {
     ),
     "only the last minibatch in the metrics": (
         "ppo_update",
-        {"tokens += step_tokens": "tokens = step_tokens", "totals[name] += float(x)": "totals[name] = float(x)"},
+        {"tokens += step_tokens": "tokens = step_tokens", "totals[name] += x": "totals[name] = x"},
         (test_with_learning_rate_0_nothing_moves, "gpt2"),
         harmless(test_with_learning_rate_0_nothing_moves, "gpt2", settings=dict(num_mini_batches=1, num_ppo_epochs=1)),
     ),
@@ -3110,7 +3111,242 @@ def test_every_gradient_is_dense():
     assert not any(p.grad.is_sparse for p in actor.parameters() if p.grad is not None)
 
 
-# ---------------------------------------------------------------------------------------------- 10. the folder of a run
+# ----------------------------------------------------------------------------------------------- 10. several processes
+
+SHARED_WORK = {  # name: the kind of model, its critic, settings, options of the update
+    "GPT-2, clipped": ("gpt2", CRITICS[0], dict(), {}),
+    "Llama, a reply at a time": ("llama", CRITICS[3], dict(micro_batch_size=1), {}),
+    "layers computed again": ("gpt2", CRITICS[2], dict(micro_batch_size=2, gradient_checkpointing=True), {}),
+    "fewer replies than processes": ("llama", CRITICS[0], dict(num_mini_batches=4, ent_coef=0.1, lam=0.9), {}),
+    "stopped by the target KL": ("llama", CRITICS[0], dict(num_mini_batches=4, target_kl=0.01), {}),
+    "the critic alone": ("gpt2", CRITICS[1], dict(kl_in="loss", kl_estimator="k2"), dict(critic_only=True)),
+}
+
+
+def shared_work(name, processes):
+    """Two updates on the same replies, by all processes together; then a rollout of what was learnt. All that comes of
+    it: the weights, Adam's moments, metrics, the rollout."""
+    kind, critic, changes, options = SHARED_WORK[name]
+    checkpointing = changes.get("gradient_checkpointing", False)
+    cfg = settings_of(**{key: x for key, x in changes.items() if key != "gradient_checkpointing"})
+    actor, ref, rollout = experience(kind, critic=critic)
+    if checkpointing:
+        learnt = actor.state_dict()
+        actor = made(actor.lm, critic="separate", gradient_checkpointing=True)
+        actor.load_state_dict(learnt)
+    for p in [*actor.parameters(), *ref.parameters()]:
+        p.data += processes.rank  # what the others begin with does not count
+    size = len(weights_of(actor)) + len(weights_of(ref))
+    P.shard(processes, actor, ref)
+    if processes.count > 1:
+        held = sum(p.to_local().numel() for p in [*actor.parameters(), *ref.parameters()])
+        assert held < 1.3 * size / processes.count
+        trunks = 2 if SHARED_WORK[name][1][0] == "separate" else 1
+        assert len(P.sharded_modules(actor)) == 2 * trunks + 1  # two layers each, and the rest
+    policy, critic = policy_and_critic(actor)
+    optimizer = torch.optim.AdamW([{"params": policy}, {"params": critic}], lr=3e-3, eps=1e-5, fused=True)
+    torch.manual_seed(0)
+    metrics = [P.ppo_update(actor, optimizer, rollout, 0.1, cfg, **options) for _ in range(2)]
+    after = replies_to(actor, (3, 1, 2, 5, 4), cfg, seed=1)
+    P.fill_logprobs_and_values(actor, ref, after, cfg)
+    outcome = {f"after/{key}": x for key, x in vars(after).items() if x is not None}
+    for key in ("values", "predictions"):  # in the padding they are anything
+        outcome[f"after/{key}"] = outcome[f"after/{key}"].where(after.mask, 0.0)
+    outcome |= {f"{i}/{key}": real(x) for i, row in enumerate(metrics) for key, x in row.items()}
+    everywhere = P.gather(processes, {key: x.tolist() for key, x in outcome.items()})
+    assert all(same == everywhere[0] for same in everywhere)  # bit for bit
+    outcome |= P.from_shards(processes, actor.state_dict())
+    for i, moments in optimizer.state_dict()["state"].items():
+        outcome |= {f"moments/{i}/{key}": x for key, x in P.from_shards(processes, moments).items()}
+    return outcome
+
+
+UNEVEN = """
+import os, signal, torch
+calls = 0
+def answers(prompts, completions, **columns):
+    torch.rand(1 + int(os.environ.get("RANK", 0)))  # other random numbers are left on each process
+    return [float(a) for a in columns["answer"]]
+def stop(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+    return [0.0] * len(prompts)
+"""
+
+
+def in_two_processes(files, folder):
+    """What each of two processes does: the shared work, a run, the run once more from its fourth update, and one in
+    whose second update one process is asked to stop."""
+    shared_work_of_all(folder)
+    processes = P.start_processes()
+    assert P.main(command(files, f"--batch-size 2 --num-mini-batches 1 --name none --runs-dir {folder}")) == 2
+    uneven = f"--runs-dir {folder} --reward {folder}/uneven.py"
+    assert P.main(command(files, f"--num-updates 5 --name whole {uneven}:answers")) == 0
+    if processes.rank == 0:
+        stop_after_four(folder / "whole", folder / "again")
+    P.gather(processes, None)  # so that all wait for the copy
+    assert P.main(["--resume", str(folder / "again")]) == 0
+    assert P.main(command(files, f"--num-updates 9 --name stopped {uneven}:stop")) == 143
+    assert [path.name for path in P.checkpoints(folder / "stopped")] == ["000002"]
+
+
+def in_three_processes(files, folder):
+    """The shared work, and a run that one process began."""
+    shared_work_of_all(folder)
+    assert P.main(["--resume", str(folder / "begun alone")]) == 0
+
+
+def shared_work_of_all(folder):
+    torch.set_num_threads(1)
+    processes = P.start_processes()
+    outcomes = {name: shared_work(name, processes) for name in SHARED_WORK}
+    if processes.rank == 0:
+        torch.save(outcomes, folder / "outcomes.pt")
+
+
+def stop_after_four(run, copy):
+    """A copy of a run of five updates, as it was after the fourth."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "policy")
+    shutil.rmtree(copy / "checkpoints" / "000005")
+
+
+def start(count, *words, cwd):
+    """A command under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*torchrun, *words], cwd=cwd, env=ENV | {"PYTHONPATH": str(HERE)}, **pipes)
+
+
+def end(process, seconds=100):
+    """What it printed. Where processes wait for each other for ever, torchrun is told to end them all."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        pytest.fail(process.communicate()[1])
+
+
+def launch(count, function, files, folder):
+    """Call a function of this file in several processes."""
+    code = f"import pathlib, test_ppo_llm as T; T.{function.__name__}(*map(pathlib.Path, {[str(files), str(folder)]}))"
+    process = start(count, "--no-python", sys.executable, "-c", code, cwd=folder)
+    _, err = end(process)
+    assert process.returncode == 0, err
+
+
+@pytest.fixture(scope="module")
+def two(files, tmp_path_factory):
+    """The folder of what two processes did."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "uneven.py").write_text(UNEVEN)
+    launch(2, in_two_processes, files, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(files, finished, tmp_path_factory):
+    """The folder of what three processes did."""
+    folder = tmp_path_factory.mktemp("three")
+    stop_after_four(finished, folder / "begun alone")
+    launch(3, in_three_processes, files, folder)
+    return folder
+
+
+@functools.cache
+def by_one_process(name):
+    return shared_work(name, P.Processes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED_WORK)
+@pytest.mark.parametrize("count", ["two", "three"])
+def test_several_processes_compute_what_one_does(name, count, request):
+    """Weights, moments, metrics and new replies; with ragged replies, unequal micro-batches and tied embeddings."""
+    outcome = torch.load(request.getfixturevalue(count) / "outcomes.pt")[name]
+    assert outcome.keys() == by_one_process(name).keys()
+    differences = {key: error(x, by_one_process(name)[key]) for key, x in outcome.items()}
+    assert max(differences.values()) < EXACT[SHARED_WORK[name][0]], differences
+    steps = [by_one_process(name)[f"{i}/policy/steps"].item() for i in range(2)]
+    assert (min(steps) < 2 * SHARED_WORK[name][2].get("num_mini_batches", 2)) == (name == "stopped by the target KL")
+
+
+def assert_alike(run, other):
+    """Two runs differ by rounding alone."""
+    for row, expected in zip(metrics_of(run), metrics_of(other), strict=True):
+        assert without_times(row) == pytest.approx(without_times(expected), abs=5e-3)
+    models = [P.load("ModelForCausalLM", f"{folder}/policy", "model", Config()) for folder in (run, other)]
+    assert error(*map(weights_of, models)) < 5e-3
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_is_that_of_one(two, finished):
+    """Its folder holds the same; a resume on as many processes goes on bit for bit."""
+    assert_alike(two / "whole", finished)
+    assert outcome(two / "again") == outcome(two / "whole")
+    saved = [
+        sorted(str(path.relative_to(run)) for path in run.glob("**/*") if "tfevents" not in path.name)
+        for run in (two / "whole", finished)
+    ]
+    assert saved[0] == saved[1]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(two, three, finished, tmp_path):
+    """One that two processes saved with one, and one that one process saved with three."""
+    stop_after_four(two / "whole", tmp_path / "run")
+    assert resume(tmp_path / "run") == 0
+    assert_alike(tmp_path / "run", finished)
+    assert_alike(three / "begun alone", finished)
+
+
+FRAGILE_ON_ONE = """
+import os
+calls = 0
+def answers(prompts, completions, **columns):
+    global calls
+    calls += len(prompts) > 1
+    if calls == 3 and os.environ["RANK"] == "1":
+        return [1 / (p != prompts[-1]) for p in prompts]
+    return [float(a) for a in columns["answer"]]
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_process_ends_all(files, tmp_path):
+    """In the second update, within seconds, after the first is saved, and with one line beside what torchrun tells."""
+    (tmp_path / "fragile.py").write_text(FRAGILE_ON_ONE)
+    words = command(files, f"--num-updates 99 --name x --reward {tmp_path}/fragile.py:answers")
+    process = start(2, P.__file__, *words, cwd=tmp_path)
+    _, err = end(process)
+    assert process.returncode != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("ppo_llm.py: ")]
+    assert "reward answers failed at fragile.py:8: ZeroDivisionError" in line
+    assert "to go on from runs/x/checkpoints/000001" in line
+    assert err.count("Traceback") == 1  # torchrun's own
+    assert [path.name for path in P.checkpoints(tmp_path / "runs" / "x")] == ["000001"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_once(files, tmp_path):
+    """All processes finish the update in hand and leave together; the first tells of it."""
+    words = command(files, "--num-updates 100000 --name x --save-every 99999")
+    process = start(2, P.__file__, *words, cwd=tmp_path)
+    log = tmp_path / "runs" / "x" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = end(process)
+    assert process.returncode != 0
+    assert err.count("SIGINT: finishing the update in hand") == 1
+    done = lines(log)[-1]["update"]
+    assert out.count(f"Stopped by SIGINT after update {done}; to go on from runs/x/checkpoints/{done:06}") == 1
+    assert [path.name for path in P.checkpoints(tmp_path / "runs" / "x")] == [f"{done:06}"]
+
+
+# ---------------------------------------------------------------------------------------------- 11. the folder of a run
 
 
 def test_speeds_are_those_of_the_times(files, tmp_path, capsys):
@@ -3460,7 +3696,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole(room,
     assert outcome(stopped) == outcome(finished)
 
 
-# --------------------------------------------------------------------------------------------------------- 12. training
+# --------------------------------------------------------------------------------------------------------- 13. training
 
 
 @pytest.mark.parametrize(
