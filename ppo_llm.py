@@ -277,7 +277,7 @@ class PPOConfig:
     vf_coef: float = 0.3  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"  # what has equal weight, see token_weights
-    target_kl: float | None = 0.1  # KL(old ‖ new), nats a token, that ends an update and shrinks later steps; None: off
+    target_kl: float | None = 1.0  # KL(old ‖ new), nats a token, that ends an update and shrinks later steps; None: off
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
     @property
@@ -314,6 +314,7 @@ class Rollout:
     values: Tensor = None  # [B, T] V_old of the state before each token, frozen: the baseline
     final_values: Tensor = None  # [B] V_old of the state after the last token
     predictions: Tensor = None  # [B, T] old outputs of the critic, V(s) or Q(s, a), in its own units
+    sampled_returns: Tensor = None  # [B, T] discounted sums of the rewards from this token on
     advantages: Tensor = None  # [B, T]
     returns: Tensor = None  # [B, T] what the critic should have said, in its units
     token_weights: Tensor = None  # [B, T] weight of each token in the losses
@@ -647,14 +648,16 @@ class State:
     update: int = 0  # finished updates; so also the place in the learning-rate schedule and in the prompts
     skipped: int = 0  # steps skipped in a row, as not finite, counted over the updates that took no step at all
     step_size: float = 1.0  # share of the learning rate that target_kl leaves
+    returns_mean: float = 0.0  # running mean of the returns of earlier updates
+    returns_std: float = 0.0  # and their standard deviation: the units of the critic
 
 
-def compute_advantages(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: PPOConfig) -> None:  # scores [B]
+def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOConfig) -> None:  # scores [B]
     """Fill in advantages and returns, and give values the units of scores: token rewards, GAE, whitening of the batch.
 
-    The critic learns returns in units of the batch, V = mean + std·output, with mean and standard deviation of the
-    sampled returns. So vf_coef and a value clip mean the same for scores of 0.01 and of 100, and a trunk that critic and
-    policy share is not shaken by the mean that all returns have in common.
+    The critic has the units of its task: V = mean + std·output, by a running mean and standard deviation of the returns
+    (as in PopArt, arXiv 1809.04474, but outputs are not corrected when these move). So vf_coef and a clip mean the same
+    for scores of 0.01 and of 100. The mean is that of earlier updates: a reply must not enter its own baseline.
     """
     mask = rollout.mask
     if cfg.score_clip is not None:
@@ -662,12 +665,13 @@ def compute_advantages(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: PP
     if cfg.missing_eos_penalty is not None:
         scores = scores.where(rollout.ended, scores - cfg.missing_eos_penalty)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
-    rewards = token_rewards(scores, kl, mask, kl_coef if cfg.kl_in == "reward" else 0.0)
+    rewards = token_rewards(scores, kl, mask, state.kl_coef if cfg.kl_in == "reward" else 0.0)
     if cfg.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
-    _, sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)
-    mean = float(sampled_returns[mask].mean())
-    std = float(sampled_returns[mask].double().std(correction=0))  # 0 where all are equal: then V is the mean
+    _, rollout.sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)
+    mean = state.returns_mean
+    spread = rollout.sampled_returns[mask].double().std(correction=0)
+    std = max(state.returns_std, float(spread)) or 1.0  # no less than now: the first success must not be a huge target
     rollout.values = mean + std * rollout.values
     rollout.final_values = mean + std * rollout.final_values
     bootstrap = rollout.final_values.where(~rollout.ended, 0.0) if cfg.bootstrap_truncated else None
@@ -675,7 +679,16 @@ def compute_advantages(rollout: Rollout, scores: Tensor, kl_coef: float, cfg: PP
     if cfg.critic_lam is not None:  # the critic may look further ahead than the policy (VC-PPO, arXiv 2503.01491)
         _, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.critic_lam, bootstrap)
     rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages
-    rollout.returns = torch.where(mask, (returns - mean) / (std or 1.0), 0.0)
+    rollout.returns = torch.where(mask, (returns - mean) / std, 0.0)
+
+
+def update_critic_units(rollout: Rollout, state: State, rate: float = 0.2) -> None:
+    """Move the critic's units a fifth of the way to the returns of this update; a larger deviation counts at once."""
+    returns = rollout.sampled_returns[rollout.mask].double()
+    spread = float(returns.std(correction=0))
+    before = max(state.returns_std, spread)
+    state.returns_mean += rate * (float(returns.mean()) - state.returns_mean)
+    state.returns_std = before + rate * (spread - before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -828,7 +841,7 @@ def ppo(
         fill_logprobs_and_values(actor, ref, rollout, cfg)
 
         # 4. Advantages.
-        compute_advantages(rollout, scores, state.kl_coef, cfg)
+        compute_advantages(rollout, scores, state, cfg)
         evaluated = time.perf_counter()
 
         # 5. Update policy and critic.
@@ -858,6 +871,8 @@ def ppo(
         planned = cfg.num_ppo_epochs * cfg.num_mini_batches
         stopped = stats["policy/steps"] + stats["policy/skipped_steps"] < planned
         state.step_size = state.step_size / 1.5 if stopped else min(1.0, state.step_size * 1.5)
+        if stats["policy/skipped_steps"] == 0:  # else a return may not be finite
+            update_critic_units(rollout, state)
         if cfg.kl_target is not None and not critic_only:  # in warm-up KL is 0
             state.kl_coef = adaptive_kl_coef(
                 state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size

@@ -671,7 +671,7 @@ def experience(kind="gpt2", lengths=(3, 1, 2, 5, 4, 2, 3, 1), cfg=None, seed=0, 
     ref = tiny_actor(kind, seed=seed + ("same" not in CASE))
     rollout = replies_to(actor, lengths, cfg, seed=seed)
     P.fill_logprobs_and_values(actor, ref, rollout, cfg)
-    P.compute_advantages(rollout, torch.randn(len(lengths), dtype=REAL), cfg.kl_coef, cfg)
+    P.compute_advantages(rollout, torch.randn(len(lengths), dtype=REAL), State(cfg.kl_coef), cfg)
     return actor, ref, rollout
 
 
@@ -1153,7 +1153,8 @@ def test_advantages_are_their_parts_in_order(data, mask, cfg):
     scores, final = (data.draw(vectors(B)) for _ in range(2))
     ended = torch.tensor(data.draw(lists(st.booleans(), B)))
     rollout = Rollout(mask, mask, mask.long(), mask, ended, mask, logprobs, ref, values=values, final_values=final)
-    P.compute_advantages(rollout, scores, 0.3, cfg)
+    state = State(0.3, returns_mean=data.draw(number), returns_std=data.draw(st.just(0.0) | positive))
+    P.compute_advantages(rollout, scores, state, cfg)
 
     shaped = []
     for score, whether_ended in zip(scores.tolist(), ended.tolist()):
@@ -1166,8 +1167,9 @@ def test_advantages_are_their_parts_in_order(data, mask, cfg):
     rewards = P.token_rewards(real(shaped), kl, mask, 0.3 if cfg.kl_in == "reward" else 0.0)
     if cfg.whiten_rewards:
         rewards = P.masked_whiten(rewards, mask, shift_mean=False)
-    sampled = real(sum([discounted_sums(x[row].tolist(), 0.9) for x, row in zip(rewards, mask)], []))
-    mean, std = sampled.mean(), sampled.std(correction=0).item()
+    sampled = [discounted_sums(x[row].tolist(), 0.9) for x, row in zip(rewards, mask)]
+    spread = real(sum(sampled, [])).std(correction=0).item()
+    mean, std = state.returns_mean, max(state.returns_std, spread) or 1.0
     values, final = mean + std * values, mean + std * final
     after = final * ~ended if cfg.bootstrap_truncated else torch.zeros(B, dtype=REAL)
     advantages, returns = P.gae(rewards, values, mask, 0.9, 0.8, after)
@@ -1177,44 +1179,48 @@ def test_advantages_are_their_parts_in_order(data, mask, cfg):
         advantages = P.masked_whiten(advantages, mask)
     assert error(rollout.values[mask], values[mask]) < 1e-10
     assert error(rollout.advantages, advantages) < 1e-9
-    assert error(rollout.returns[mask], (returns[mask] - mean) / (std or 1)) < 1e-9
+    assert error(rollout.returns[mask], (returns[mask] - mean) / std) < 1e-9
     assert not rollout.returns[~mask].any()
 
 
 def test_advantages_worked_by_hand():
     """β = 0.1, γ = 1, λ = ½, scores clipped to ±1, ½ off for a missing stop, bootstrap where the reply was cut.
 
-    A reply that ended: score 3 → 1, KL 0.5 and -0.2, so rewards -0.05 and 1.02; of values 0.2 and 0.4 δ = -0.05 + 0.4 -
-    0.2 = 0.15 and 1.02 - 0.4 = 0.62; A = 0.15 + 0.31 = 0.46 and 0.62. One of a token, of value 0.1, cut off in a state
-    worth 0.3: score -0.2 → -0.7, KL 1, reward -0.8, A = -0.8 + 0.3 - 0.1 = -0.6. Whitened: mean 0.16, deviation
-    0.541356. Sampled returns are 0.97, 1.02 and -0.8, so the critic's units are their mean 0.396667 and their deviation
-    0.846417. The returns that it learns have λ = 1, 0.97, 1.02 and -0.5, and are in these units: 0.677365, ...
+    The critic's units are a mean of 0.1 and a deviation of 2, so that it says 0.2 = 0.1 + 2 · 0.05, 0.4, 0.1 and 0.3.
+
+    A reply that ended: score 3 → 1, KL 0.5 and -0.2, so rewards -0.05 and 1.02; δ = -0.05 + 0.4 - 0.2 = 0.15 and
+    1.02 - 0.4 = 0.62; A = 0.15 + 0.31 = 0.46 and 0.62. One of a token, cut off in a state worth 0.3: score -0.2 → -0.7,
+    KL 1, reward -0.8, A = -0.8 + 0.3 - 0.1 = -0.6. Whitened: mean 0.16, deviation 0.541356. The returns have λ = 1:
+    0.97, 1.02 and -0.5, in the critic's units. Sampled they are 0.97, 1.02 and -0.8: mean 0.396667, deviation 0.846417.
+    A fifth of the way there, the units become 0.1 + 0.2 · 0.296667 and 2 - 0.2 · 1.153583.
     """
     mask = torch.tensor([[True, True], [True, False]])
     ended = torch.tensor([True, False])
     logprobs = real([[-1.0, -1.2], [-0.5, math.nan]])
     ref_logprobs = real([[-1.5, -1.0], [-1.5, math.nan]])
     rollout = Rollout(mask, mask, mask.long(), mask, ended, mask, logprobs, ref_logprobs)
-    rollout.values = (real([[0.2, 0.4], [0.1, math.nan]]) - 0.3966667) / 0.8464174
-    rollout.final_values = (real([9.0, 0.3]) - 0.3966667) / 0.8464174
+    rollout.values = real([[0.05, 0.15], [0.0, math.nan]])
+    rollout.final_values = real([9.0, 0.1])
+    state = State(0.1, returns_mean=0.1, returns_std=2.0)
     cfg = PPOConfig(lam=0.5, critic_lam=1.0, score_clip=1.0, missing_eos_penalty=0.5, bootstrap_truncated=True)
-    P.compute_advantages(rollout, real([3.0, -0.2]), 0.1, cfg)
-    assert error(rollout.values[mask], [0.2, 0.4, 0.1]) < 1e-6
+    P.compute_advantages(rollout, real([3.0, -0.2]), state, cfg)
     assert error(rollout.advantages, [[0.5541635, 0.8497175], [-1.4038810, 0]]) < 1e-6
-    assert error(rollout.returns, [[0.6773650, 0.7364373], [-1.0593672, 0]]) < 1e-6
+    assert error(rollout.returns, [[0.435, 0.46], [-0.3, 0]]) < 1e-12
+    P.update_critic_units(rollout, state)
+    assert error([state.returns_mean, state.returns_std], [0.1593333, 1.7692834]) < 1e-6
 
 
-def test_the_critic_learns_whitened_returns():
-    """Scores of mean 3 and deviation 2 are ±1 to the critic. Where all are equal there is nothing to tell apart: V is
-    the mean whatever the critic says, and no advantage is left for whitening to blow up."""
+def test_the_critics_units_never_leave_a_target_far_away():
+    """A batch that differs more than those before makes them at once; returns that are all equal make none."""
     mask = torch.tensor([[True], [True]])
     rollout = Rollout(mask, mask, mask.long(), mask, mask.any(1), mask, real([[0.0], [0.0]]), real([[0.0], [0.0]]))
-    for scores, returns in (([1.0, 5.0], [-1.0, 1.0]), ([1.0, 1.0], [0.0, 0.0])):
-        rollout.values, rollout.final_values = real([[0.5], [-1.0]]), real([0.0, 0.0])
-        P.compute_advantages(rollout, real(scores), 0.0, PPOConfig())
+    rollout.values = rollout.final_values = real([[0.0], [0.0]])
+    for scores, std, returns in (([1.0, 5.0], 2.0, [0.5, 2.5]), ([1.0, 1.0], 1.0, [1.0, 1.0])):
+        state = State(0.0)
+        P.compute_advantages(rollout, real(scores), state, PPOConfig())
         assert error(rollout.returns.squeeze(1), returns) < 1e-12
-        assert error(rollout.values.squeeze(1), [4.0, 1.0] if scores[0] != scores[1] else scores) < 1e-12
-    assert not rollout.advantages.any()
+        P.update_critic_units(rollout, state)
+        assert state.returns_std == (std if scores[0] != scores[1] else 0.0)
 
 
 def test_scores_in_other_units_change_no_step():
@@ -1225,7 +1231,7 @@ def test_scores_in_other_units_change_no_step():
         actor, optimizer, _ = learner()
 
         def score(prompts, replies):
-            return scale * real([sum(reply) / len(reply) for reply in replies]), {}
+            return scale * share_of_fives(prompts, replies)[0], {}
 
         prompts = [Prompt([i, 1]) for i in range(7)]
         loop = P.ppo(actor, tiny_actor(seed=1), optimizer, prompts, score, [STOP], cfg, State(0.0))
@@ -1329,7 +1335,7 @@ def language(actor, ref, lengths, cfg, scores=None):
     P.fill_logprobs_and_values(actor, ref, rollout, cfg)
     if scores is None:
         scores = torch.linspace(-1, 1, len(mask), dtype=REAL)
-    P.compute_advantages(rollout, scores, cfg.kl_coef, cfg)
+    P.compute_advantages(rollout, scores, State(cfg.kl_coef), cfg)
     probability = (rollout.logprobs * mask).sum(1).exp()
     assert error(probability.sum(), len(lengths)) < 1e-10  # the list is complete
     rollout.token_weights = probability.unsqueeze(1) * mask
@@ -1825,7 +1831,7 @@ def test_the_metrics_of_an_update_are_those_of_rollout_and_update(monkeypatch):
     cfg = settings_of(num_updates=4, learning_rate=1e-2, kl_target=0.1, kl_horizon=80)
     actor, optimizer, state = learner()
     loop = updates(actor, optimizer, state, cfg)
-    kl_coef = 0.05
+    kl_coef, units = 0.05, 0.0
     for update, (steps, in_a_row) in enumerate([(0, 4), (0, 8), (4, 0), (0, 4)], 1):
         stats = {"policy/steps": steps, "policy/skipped_steps": 4 - steps}
         monkeypatch.setattr(P, "ppo_update", lambda *_: stats)
@@ -1834,6 +1840,8 @@ def test_the_metrics_of_an_update_are_those_of_rollout_and_update(monkeypatch):
         assert without_times(metrics) == pytest.approx(expected | stats)
         kl_coef *= 1 + 0.1 * 8 / 80
         assert (state.kl_coef, state.update, state.skipped) == (pytest.approx(kl_coef), update, in_a_row)
+        assert (state.returns_std != units) == (steps > 0)  # skipped steps leave the critic's units as they are
+        units = state.returns_std
 
 
 def test_each_prompt_gets_its_replies_and_their_scores(monkeypatch):
@@ -2089,7 +2097,7 @@ MUSEUM = {
     ),
     "returns from whitened advantages": (
         "compute_advantages",
-        {"(returns - mean) / (std or 1.0)": "(rollout.advantages + rollout.values - mean) / (std or 1.0)"},
+        {"(returns - mean) / std": "(rollout.advantages + rollout.values - mean) / std"},
         test_advantages_are_their_parts_in_order,
         harmless(test_advantages_are_their_parts_in_order, settings=dict(whiten_advantages=False, critic_lam=None)),
     ),
