@@ -649,15 +649,16 @@ class State:
     skipped: int = 0  # steps skipped in a row, as not finite, counted over the updates that took no step at all
     step_size: float = 1.0  # share of the learning rate that target_kl leaves
     returns_mean: float = 0.0  # running mean of the returns of earlier updates
-    returns_std: float = 0.0  # and their standard deviation: the units of the critic
+    returns_std: float = 0.0  # and their largest standard deviation: the units of the critic
 
 
 def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOConfig) -> None:  # scores [B]
     """Fill in advantages and returns, and give values the units of scores: token rewards, GAE, whitening of the batch.
 
-    The critic has the units of its task: V = mean + std·output, by a running mean and standard deviation of the returns
-    (as in PopArt, arXiv 1809.04474, but outputs are not corrected when these move). So vf_coef and a clip mean the same
-    for scores of 0.01 and of 100. The mean is that of earlier updates: a reply must not enter its own baseline.
+    The critic has the units of its task: V = mean + std·output, by a running mean of the returns and their largest
+    standard deviation (after PopArt, arXiv 1809.04474, but outputs are not corrected when these move). So vf_coef and a
+    clip mean the same for scores of 0.01 and of 100. The mean is that of earlier updates: a reply must not enter its
+    own baseline.
     """
     mask = rollout.mask
     if cfg.score_clip is not None:
@@ -683,12 +684,14 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
 
 
 def update_critic_units(rollout: Rollout, state: State, rate: float = 0.2) -> None:
-    """Move the critic's units a fifth of the way to the returns of this update; a larger deviation counts at once."""
+    """Move the critic's units to the returns of this update: the mean a fifth of the way, the deviation only up.
+
+    A policy that has learned gives returns that hardly differ. In units of so little, a small change of the returns
+    would be a huge error, and shake the trunk that critic and policy share.
+    """
     returns = rollout.sampled_returns[rollout.mask].double()
-    spread = float(returns.std(correction=0))
-    before = max(state.returns_std, spread)
     state.returns_mean += rate * (float(returns.mean()) - state.returns_mean)
-    state.returns_std = before + rate * (spread - before)
+    state.returns_std = max(state.returns_std, float(returns.std(correction=0)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1192,7 +1192,7 @@ def test_advantages_worked_by_hand():
     1.02 - 0.4 = 0.62; A = 0.15 + 0.31 = 0.46 and 0.62. One of a token, cut off in a state worth 0.3: score -0.2 → -0.7,
     KL 1, reward -0.8, A = -0.8 + 0.3 - 0.1 = -0.6. Whitened: mean 0.16, deviation 0.541356. The returns have λ = 1:
     0.97, 1.02 and -0.5, in the critic's units. Sampled they are 0.97, 1.02 and -0.8: mean 0.396667, deviation 0.846417.
-    A fifth of the way there, the units become 0.1 + 0.2 · 0.296667 and 2 - 0.2 · 1.153583.
+    The mean becomes 0.1 + 0.2 · 0.296667, the deviation stays 2, the largest that was met.
     """
     mask = torch.tensor([[True, True], [True, False]])
     ended = torch.tensor([True, False])
@@ -1207,7 +1207,7 @@ def test_advantages_worked_by_hand():
     assert error(rollout.advantages, [[0.5541635, 0.8497175], [-1.4038810, 0]]) < 1e-6
     assert error(rollout.returns, [[0.435, 0.46], [-0.3, 0]]) < 1e-12
     P.update_critic_units(rollout, state)
-    assert error([state.returns_mean, state.returns_std], [0.1593333, 1.7692834]) < 1e-6
+    assert error([state.returns_mean, state.returns_std], [0.1593333, 2.0]) < 1e-6
 
 
 def test_the_critics_units_never_leave_a_target_far_away():
