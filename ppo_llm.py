@@ -311,7 +311,7 @@ class Rollout:
     logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
     ref_logprobs: Tensor = None  # [B, T] the same under the reference
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
-    values: Tensor = None  # [B, T] V_old of the state before each token, frozen: the baseline
+    values: Tensor = None  # [B, T] V_old of the state before each token, frozen: the baseline, in units of scores
     final_values: Tensor = None  # [B] V_old of the state after the last token
     predictions: Tensor = None  # [B, T] old outputs of the critic, V(s) or Q(s, a), in its own units
     sampled_returns: Tensor = None  # [B, T] discounted sums of the rewards from this token on
@@ -362,7 +362,7 @@ class Rollout:
 class Processes:
     """The processes that train one model together: here, one. Part II has those that torchrun starts.
 
-    Each computes its share of the replies, and what they computed is added up.
+    Each holds the whole rollout and computes some of its rows, with 0 in the others; their sum makes it whole.
     """
     rank = 0
     count = 1
@@ -566,7 +566,7 @@ def generate(
     logprobs = torch.zeros(uniform.shape, dtype=actor.value_head.weight.dtype)
     processes = actor.processes
     share = torch.arange(len(queries))[processes.rank :: processes.count]
-    with processes.whole(actor), actor.autocast():  # around all steps: it keeps the rounded weights until it ends
+    with processes.whole(actor), actor.autocast():  # around all steps: it keeps the rounded weights until its end
         for rows in share.split(8 * cfg.replies_at_once):
             group = queries[rows], query_mask[rows], uniform[rows]
             responses[rows], logprobs[rows] = decode(actor, *group, stop_ids, cfg.temperature)
@@ -657,7 +657,7 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
 
     The critic has the units of its task: V = mean + std·output, by a running mean of the returns and their largest
     standard deviation (after PopArt, arXiv 1809.04474, but outputs are not corrected when these move). So vf_coef and a
-    clip mean the same for scores of 0.01 and of 100. The mean is that of earlier updates: a reply must not enter its
+    clip mean the same for scores of 0.01 and of 100. The mean is that of earlier updates: a reply must not shift its
     own baseline.
     """
     mask = rollout.mask
@@ -869,8 +869,8 @@ def ppo(
 
         state.update += 1
         state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
-        # Too large a learning rate makes the policy leap: each update that target_kl stops divides it, each other one
-        # gives some of it back.
+        # Too large a learning rate makes the policy leap: an update that target_kl stops divides it by 1.5, and any
+        # other gives this back.
         planned = cfg.num_ppo_epochs * cfg.num_mini_batches
         stopped = stats["policy/steps"] + stats["policy/skipped_steps"] < planned
         state.step_size = state.step_size / 1.5 if stopped else min(1.0, state.step_size * 1.5)
