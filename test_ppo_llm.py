@@ -3387,7 +3387,7 @@ def outcome(run):
 def finished(files, tmp_path_factory):
     """An uninterrupted run of five updates with checkpoints at 2, 4 and 5, of which the last two are kept."""
     folder = tmp_path_factory.mktemp("finished")
-    assert P.main(command(files, f"--num-updates 5 --name whole --runs-dir {folder}")) == 0
+    assert P.main(command(files, f"--num-updates 5 --target-kl None --name whole --runs-dir {folder}")) == 0
     return folder / "whole"
 
 
