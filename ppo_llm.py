@@ -373,7 +373,7 @@ class Processes:
             yield group, rollout.select(group, device)
 
     def sum(self, x: Tensor) -> Tensor:
-        """x added up over the processes."""
+        """x added up over the processes. It may be written over. Of the norm of sharded gradients: the whole norm."""
         return x
 
     def whole(self, actor: Actor):
@@ -566,7 +566,7 @@ def generate(
     logprobs = torch.zeros(uniform.shape, dtype=actor.value_head.weight.dtype)
     processes = actor.processes
     share = torch.arange(len(queries))[processes.rank :: processes.count]
-    with processes.whole(actor), actor.autocast():  # around all steps: it keeps the rounded weights until its end
+    with processes.whole(actor), actor.autocast():  # autocast keeps the rounded weights until it ends
         for rows in share.split(8 * cfg.replies_at_once):
             group = queries[rows], query_mask[rows], uniform[rows]
             responses[rows], logprobs[rows] = decode(actor, *group, stop_ids, cfg.temperature)
@@ -767,7 +767,7 @@ def ppo_update(
             loss, stats = ppo_loss(actor, batch, kl_coef, cfg)
             (loss / step_tokens).backward()
             sums += torch.stack(list(stats.values()))
-        step = dict(zip(stats, processes.sum(sums).tolist()))
+        step = dict(zip(stats, processes.sum(sums).tolist()))  # every micro-batch has statistics of the same names
         if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
             actor.lm.zero_grad()
         # Clipped apart: large errors of a critic's own parameters must not shrink the policy's step.
@@ -1495,6 +1495,7 @@ class Task:
         return scores, dict(zip(self.rewards, parts))
 
     def ask_rewards(self, prompts: list[Prompt], replies: list[list[int]]) -> Tensor:  # [rewards, B]
+        """What each reward function says of these replies, as text."""
         completions = []
         for prompt, ids in zip(prompts, replies):
             text = reply_text(self.tokenizer, prompt, ids)

