@@ -1,19 +1,22 @@
 """How many samples PPO needs on small tasks that differ in kind: what the defaults of ppo_llm.py were chosen by.
 
-    python runs/reference/learning/learning.py --seeds 10 11 12 --out runs/reference/learning/defaults.jsonl
-    python runs/reference/learning/learning.py --seeds 10 11 12 --lam 0.95 --out lam-0.95.jsonl
-    python runs/reference/learning/learning.py --seeds 10 11 12 --critic separate --out separate.jsonl
-    python runs/reference/learning/learning.py --table runs/reference/learning/*.jsonl      # what was measured
+    cd runs/reference/learning
+    python learning.py --seeds 10 11 12 13 14 15 16 17 18 19 --tasks even --out even.jsonl
+    python learning.py --seeds 10 11 12 --out defaults.jsonl
+    python learning.py --seeds 20 21 22 23 24 --rates 3e-3 --each --out each.jsonl     # every default, changed alone
+    python learning.py --seeds 20 21 22 --change lam=0.95 vf_coef=1 --out mine.jsonl
+    python learning.py --table even.jsonl each.jsonl                                   # what was measured
 
 Each run trains a GPT-2 from random weights, with one thread, until the mean score of three updates is above the goal of
-its task. A row of the output says after how many samples that was. Flags that are not below are fields of PPOConfig. Runs
-that are in the output already are not repeated.
+its task. A row of the output says after how many samples and CPU seconds that was. A change is a field of PPOConfig,
+beta2 or eps of AdamW, or critic. Runs that are in the output already are not repeated.
 """
 import argparse
 import copy
+import itertools
 import json
 import sys
-from dataclasses import fields
+import time
 from pathlib import Path
 from statistics import fmean
 
@@ -45,11 +48,22 @@ TASKS = {
 }
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 STOP = 31  # of the task "length" alone
+# Each default alone, against other values that are in use.
+EACH = """
+    lam=0.95 vf_coef=0.1 vf_coef=1 cliprange_value=0.2 critic=separate critic=action-value critic=none
+    target_kl=null target_kl=0.1 num_ppo_epochs=2 num_ppo_epochs=8 num_mini_batches=2 num_mini_batches=8
+    beta2=0.95 eps=1e-8 max_grad_norm=null max_grad_norm=0.3 whiten_advantages=false warmup_updates=3
+""".split()
 
 
-def run(task: str, seed: int, rate: float, critic: str, changes: dict) -> dict:
+def run(task: str, seed: int, rate: float, changes: dict) -> dict:
     """Samples until the goal was reached, None if it never was, and what the critic explained from update 5 on."""
     score_one, goal, updates, settings = TASKS[task]
+    changes = dict(changes)
+    critic = changes.pop("critic", "shared")
+    betas, eps = (0.9, changes.pop("beta2", 0.999)), changes.pop("eps", 1e-5)
+    if critic == "none":  # V stays the running mean of the returns
+        changes["vf_coef"] = 0.0
     is_dense = task.startswith("even")
     vocabulary, prompt_length = (128, 16) if is_dense else (32, 8)
     size = dict(n_layer=4, n_embd=128, n_head=4) if is_dense else dict(n_layer=2, n_embd=64, n_head=4)
@@ -68,10 +82,11 @@ def run(task: str, seed: int, rate: float, critic: str, changes: dict) -> dict:
     trunk = copy.deepcopy(model) if critic == "separate" else None
     actor = Actor(model, critic=trunk, action_values=critic == "action-value")
     ref = Actor(copy.deepcopy(model)).requires_grad_(False)
-    optimizer = torch.optim.AdamW(actor.parameters(), eps=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(actor.parameters(), betas=betas, eps=eps, weight_decay=0.0, fused=True)
     stop_ids = [STOP] if task == "length" else []
     scores, explained = [], []
     samples = None
+    started = time.process_time()
     for metrics, _ in ppo(actor, ref, optimizer, prompts, score, stop_ids, cfg, State(cfg.kl_coef)):
         scores.append(metrics["objective/scores"])
         explained.append(metrics["val/explained_variance"])
@@ -79,20 +94,22 @@ def run(task: str, seed: int, rate: float, critic: str, changes: dict) -> dict:
             samples = len(scores) * cfg.batch_size
             break
     late = sorted(explained[4:]) or [float("nan")]
-    return {"task": task, "rate": rate, "seed": seed, "samples": samples, "explained": late[len(late) // 2]}
+    return {"samples": samples, "seconds": time.process_time() - started, "explained": late[len(late) // 2]}
 
 
 def table(paths: list[str]) -> None:
-    """A line a file and task: samples of each seed at each learning rate, and the explained variance, mean of seeds."""
+    """A line a file, change and task: samples of each seed at each rate; mean CPU seconds and explained variance."""
     for path in paths:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        for task in dict.fromkeys(row["task"] for row in rows):
+        for change, task in dict.fromkeys((row["change"], row["task"]) for row in rows):
             cells = []
-            for rate in sorted({row["rate"] for row in rows if row["task"] == task}):
-                found = [row for row in rows if (row["task"], row["rate"]) == (task, rate)]
+            for rate in sorted({row["rate"] for row in rows if (row["change"], row["task"]) == (change, task)}):
+                found = [row for row in rows if (row["change"], row["task"], row["rate"]) == (change, task, rate)]
                 samples = ", ".join(str(row["samples"] or "never") for row in found)
-                cells.append(f"{rate:g}: {samples} ({fmean(row['explained'] for row in found):.2f})")
-            print(f"{Path(path).stem:14} {task:9} {' | '.join(cells)}")
+                seconds = fmean(row["seconds"] for row in found)
+                explained = fmean(row["explained"] for row in found)
+                cells.append(f"{rate:g}: {samples} ({seconds:.1f} s, {explained:.2f})")
+            print(f"{change:24} {task:9} {' | '.join(cells)}")
 
 
 def main() -> None:
@@ -100,32 +117,30 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[10])
-    parser.add_argument("--critic", default="shared", choices=("shared", "separate", "action-value"))
+    parser.add_argument("--change", nargs="+", default=[], help="NAME=JSON ...: all of them at once")
+    parser.add_argument("--each", action="store_true", help="the defaults, then every change of EACH by itself")
     parser.add_argument("--out", type=Path, default=Path("learning.jsonl"))
     parser.add_argument("--table", nargs="+", help="print these outputs, run nothing")
-    args, others = parser.parse_known_args()
+    args = parser.parse_args()
     if args.table:
         return table(args.table)
-    names = {field.name for field in fields(PPOConfig)}
-    changes = {}
-    for flag, text in zip(others[::2], others[1::2]):
-        name = flag.lstrip("-").replace("-", "_")
-        if name not in names:
-            parser.error(f"{flag}: expected a field of PPOConfig")
-        changes[name] = None if text == "None" else json.loads(text)
     torch.set_num_threads(1)
     done = set()
     if args.out.exists():
-        done = {(row["task"], row["rate"], row["seed"]) for row in map(json.loads, args.out.read_text().splitlines())}
-    for task in args.tasks:
-        for rate in args.rates:
-            for seed in args.seeds:
-                if (task, rate, seed) in done:
-                    continue
-                row = run(task, seed, rate, args.critic, changes)
-                print(row, flush=True)
-                with open(args.out, "a") as f:
-                    f.write(json.dumps(row) + "\n")
+        rows = map(json.loads, args.out.read_text().splitlines())
+        done = {(row["change"], row["task"], row["rate"], row["seed"]) for row in rows}
+    trials = [[], *([change] for change in EACH)] if args.each else [args.change]
+    for trial in trials:
+        change = " ".join(trial) or "default"
+        pairs = [text.split("=") for text in trial]
+        changes = {name: value if name == "critic" else json.loads(value) for name, value in pairs}
+        for task, rate, seed in itertools.product(args.tasks, args.rates, args.seeds):
+            if (change, task, rate, seed) in done:
+                continue
+            row = {"change": change, "task": task, "rate": rate, "seed": seed} | run(task, seed, rate, changes)
+            print(row, flush=True)
+            with open(args.out, "a") as f:
+                f.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
