@@ -1,0 +1,167 @@
+"""Three tasks for the studies in this folder, and how a run on one of them becomes rows of a CSV.
+
+    python tasks.py FOLDER      # writes the models, prompts and rewards of `sums` and `ends` for ppo_llm.py's own flags
+
+demo: the demo of ppo_llm.py. The score counts kind words, a KL penalty guards the grammar.
+sums: chat prompts and a column with the answer. A small Llama has read sums of which three in five are wrong; the score
+      is 1 for a right one. So the reward can be verified.
+ends: a GPT-2 of random weights writes 48 tokens. The first and the last of them count, the others are noise, and the
+      score comes at the end: sparse, and half of the credit belongs far back.
+"""
+import contextlib
+import copy
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import random
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+import ppo_llm
+
+CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+FORMS = ("it is", "that makes", "the sum is", "the answer is")
+
+
+@dataclass
+class Task:
+    """What ppo_llm.train takes."""
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    prompts: list
+    held_out: list
+    rewards: list
+    settings: ppo_llm.Config
+
+
+def word_tokenizer(words: list[str], **special: str) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=words[0], **special)
+
+
+def demo(seed: int) -> Task:
+    ppo_llm.seed_everything(seed)
+    model, tokenizer, prompts, held_out, rewards = ppo_llm.demo_task(seed)
+    return Task(model, tokenizer, prompts, held_out, rewards, ppo_llm.Demo())
+
+
+def exact(prompts, completions, answer, **columns) -> list[float]:
+    """1 if the reply says the answer and ends."""
+    texts = [completion[0]["content"].split() for completion in completions]
+    return [float(text[-2:] == [right, "."]) for text, right in zip(texts, answer)]
+
+
+def sums(seed: int, steps: int = 240) -> Task:
+    ppo_llm.seed_everything(seed)
+    words = ["<pad>", "</s>", "user", "assistant", "+", "?", ".", *map(str, range(19))]
+    words += sorted({word for form in FORMS for word in form.split()})
+    tokenizer = word_tokenizer(words, pad_token="<pad>", eos_token="</s>")
+    tokenizer.chat_template = CHAT
+    size = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    special = dict(pad_token_id=0, bos_token_id=None, eos_token_id=1, tie_word_embeddings=True, initializer_range=0.1)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **size, **special))
+
+    rows = []
+    for a, b in itertools.product(range(10), repeat=2):
+        rows.append({"prompt": [{"role": "user", "content": f"{a} + {b} ?"}], "answer": str(a + b)})
+    rng = random.Random(seed)
+    rng.shuffle(rows)
+    held_out, trained = rows[:16], rows[16:]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        texts = []
+        for row in rng.choices(rows, k=128):
+            answer = row["answer"] if rng.random() < 0.4 else str(rng.randrange(19))
+            question = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+            texts.append(f"{question} {rng.choice(FORMS)} {answer} . </s>")
+        batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        is_reply = (batch["input_ids"] == words.index("assistant")).cumsum(1).bool() & batch["attention_mask"].bool()
+        labels = batch["input_ids"].where(is_reply, -100)
+        model(**batch, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    settings = ppo_llm.Config(
+        num_updates=20, batch_size=128, response_length=12, learning_rate=5e-4, kl_coef=0.05, missing_eos_penalty=1.0
+    )
+    return Task(model, tokenizer, trained, held_out, [exact], settings)
+
+
+def both_ends(prompts, completions, **columns) -> list[float]:
+    """Half a point if the first token is one of t0, t4, t8 ..., and half a point if the last is."""
+    replies = [[int(word[1:]) for word in completion.split()] for completion in completions]
+    return [0.5 * (reply[0] % 4 == 0) + 0.5 * (reply[-1] % 4 == 0) for reply in replies]
+
+
+def ends(seed: int) -> Task:
+    ppo_llm.seed_everything(seed)
+    size = dict(vocab_size=32, n_positions=64, n_layer=2, n_embd=64, n_head=4)
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **size))
+    tokenizer = word_tokenizer([f"t{i}" for i in range(32)])
+    rng = random.Random(seed)
+    prompts = [" ".join(f"t{rng.randrange(32)}" for _ in range(8)) for _ in range(640)]
+    settings = ppo_llm.Config(num_updates=25, batch_size=64, response_length=48, learning_rate=3e-3, kl_coef=0.02)
+    return Task(model, tokenizer, prompts[64:], prompts[:64], [both_ends], settings)
+
+
+TASKS = {"demo": demo, "sums": sums, "ends": ends}
+COLUMNS = "task change seed part update samples seconds score kl fluency explained_variance clipfrac".split()
+
+
+def train(task: Task, seed: int, **changes) -> list[dict]:
+    """Rows of one run of ppo_llm.train: of each update, and of the evaluations of held-out prompts before and after."""
+    cfg = dataclasses.replace(task.settings, seed=seed, **changes)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = dataclasses.replace(cfg, runs_dir=folder, name="run")
+        quiet = io.StringIO()
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            model = copy.deepcopy(task.model)
+            run = ppo_llm.train(cfg, task.prompts, task.rewards, model, task.tokenizer, task.held_out)
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = []
+    for m in metrics:
+        trained = "objective/scores" in m
+        rows.append({
+            "part": "train" if trained else "held-out",
+            "update": m["update"],
+            "samples": m["update"] * cfg.batch_size,
+            "seconds": sum(x for key, x in m.items() if key.startswith("time/")) if trained else "",
+            "score": m["objective/scores" if trained else "eval/score"],
+            "kl": m["objective/kl" if trained else "eval/kl"],
+            "fluency": m.get("rewards/fluency" if trained else "eval/rewards/fluency", ""),
+            "explained_variance": m.get("val/explained_variance", ""),
+            "clipfrac": m.get("policy/clipfrac", ""),
+        })
+    return rows
+
+
+def done(path: Path) -> set[tuple]:
+    """The runs that the CSV holds: (task, change, seed)."""
+    if not path.exists():
+        return set()
+    with open(path, newline="") as file:
+        return {(row["task"], row["change"], int(row["seed"])) for row in csv.DictReader(file)}
+
+
+def append(path: Path, task: str, change: str, seed: int, rows: list[dict]) -> None:
+    """A run is written at once: one that was interrupted leaves no row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    for row in rows:
+        row = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items()}
+        writer.writerow({"task": task, "change": change, "seed": seed} | row)
+    with open(path, "a") as file:
+        file.write(text.getvalue())
