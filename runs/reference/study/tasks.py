@@ -18,8 +18,10 @@ import json
 import random
 import sys
 import tempfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -119,27 +121,48 @@ TASKS = {"demo": demo, "sums": sums, "ends": ends}
 COLUMNS = "task change seed part update samples seconds score kl fluency explained_variance clipfrac".split()
 
 
-def train(task: Task, seed: int, **changes) -> list[dict]:
-    """Rows of one run of ppo_llm.train: of each update, and of the evaluations of held-out prompts before and after."""
+def centered(reward):
+    """The reward less its mean over the replies to the same prompt."""
+
+    def center(prompts, completions, **columns) -> list[float]:
+        scores = reward(prompts, completions, **columns)
+        groups = defaultdict(list)
+        for prompt, score in zip(prompts, scores):
+            groups[str(prompt)].append(score)
+        return [score - fmean(groups[str(prompt)]) for prompt, score in zip(prompts, scores)]
+
+    return center
+
+
+def train(task: Task, seed: int, center: bool = False, **changes) -> list[dict]:
+    """Rows of one run of ppo_llm.train: of each update, and of the evaluations of held-out prompts before and after.
+
+    center: what is trained on is the first reward less the mean of its group; the rows have that reward as it is.
+    """
     cfg = dataclasses.replace(task.settings, seed=seed, **changes)
+    rewards, score = task.rewards, task.rewards[0].__name__
+    if center:
+        rewards = [centered(rewards[0]), *rewards]
+        cfg = dataclasses.replace(cfg, reward_weights=(1.0, *[0.0] * len(task.rewards)))
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(cfg, runs_dir=folder, name="run")
         quiet = io.StringIO()
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             model = copy.deepcopy(task.model)
-            run = ppo_llm.train(cfg, task.prompts, task.rewards, model, task.tokenizer, task.held_out)
+            run = ppo_llm.train(cfg, task.prompts, rewards, model, task.tokenizer, task.held_out)
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = []
     for m in metrics:
         trained = "objective/scores" in m
+        prefix = "" if trained else "eval/"
         rows.append({
             "part": "train" if trained else "held-out",
             "update": m["update"],
             "samples": m["update"] * cfg.batch_size,
             "seconds": sum(x for key, x in m.items() if key.startswith("time/")) if trained else "",
-            "score": m["objective/scores" if trained else "eval/score"],
+            "score": m[f"{prefix}rewards/{score}"],
             "kl": m["objective/kl" if trained else "eval/kl"],
-            "fluency": m.get("rewards/fluency" if trained else "eval/rewards/fluency", ""),
+            "fluency": m.get(f"{prefix}rewards/fluency", ""),
             "explained_variance": m.get("val/explained_variance", ""),
             "clipfrac": m.get("policy/clipfrac", ""),
         })

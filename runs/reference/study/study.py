@@ -1,14 +1,21 @@
-"""What each detail of PPO is worth: from the defaults one change at a time, on three tasks, paired by seed.
+"""Results of many runs: what each detail of PPO is worth, over-optimisation, and the critic against a group's mean.
 
-    python runs/reference/study/details.py                        # about 6 hours of one core; rows go to details.csv
-    python runs/reference/study/details.py --seeds 20 21 --tasks ends --changes "lam=0.5"    # some of it
-    python runs/reference/study/details.py --table                # what details.csv says
+    python runs/reference/study/study.py details       # about 6 hours of one core
+    python runs/reference/study/study.py penalty       # half an hour
+    python runs/reference/study/study.py baselines     # an hour
+    python runs/reference/study/study.py details --seeds 20 21 --tasks ends --changes lam=0.5       # some of it
+    python runs/reference/study/study.py details --table                                            # what was found
 
-A run that the CSV holds is not repeated, so what was interrupted goes on; several may run at once on other seeds. A
-change is compared with the defaults on the same seed, which means the same model, prompts and first replies.
+details: from the defaults one change at a time, on three tasks, paired by seed: the same model, prompts and first
+replies. penalty: the demo with larger steps, under several strengths of the KL penalty, and of the target-KL stop
+without a penalty. baselines: what a critic is worth beside the mean score of eight replies to the same prompt.
+
+Rows go to NAME.csv. A run that it holds is not repeated, so what was interrupted goes on; several may run at once on
+other seeds.
 """
 import argparse
 import csv
+import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -17,10 +24,9 @@ from statistics import fmean, stdev
 import tasks
 import torch
 
-CSV = Path(__file__).with_name("details.csv")
-SEEDS = range(20, 30)  # no setting was chosen on them
+FOLDER = Path(__file__).parent
 KL_TARGETS = {"demo": 3.0, "sums": 0.5, "ends": 3.0}  # nats a reply; the fixed β of the task leads to about twice that
-CHANGES = {
+DETAILS = {
     "defaults": {},
     "policy clip off": dict(cliprange=0.9999, cliprange_high=1e6),
     "policy clip 0.05": dict(cliprange=0.05),
@@ -56,9 +62,30 @@ CHANGES = {
 }
 
 
-def settings(task: str, base, change: str) -> dict:
+LARGE_STEPS = dict(learning_rate=3.0)  # times the demo's: without a penalty it then hacks its reward
+PENALTY = {f"beta={beta}": LARGE_STEPS | dict(kl_coef=beta) for beta in (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)}
+PENALTY |= {f"target={kl}": LARGE_STEPS | dict(kl_coef=0.0, target_kl=kl) for kl in (0.01, 0.03, 0.1, 0.3)}
+NO_CRITIC = dict(vf_coef=0.0)  # V stays the running mean of the returns
+EIGHT = dict(samples_per_prompt=8)
+BASELINES = {
+    "defaults": {},
+    "critic, 8 replies a prompt": EIGHT,
+    "no critic": NO_CRITIC,
+    "no critic, 8 replies a prompt": NO_CRITIC | EIGHT,
+    "group mean": NO_CRITIC | EIGHT | dict(center=True),
+    "group mean, critic too": EIGHT | dict(center=True),
+}
+# The tasks, the seeds (no setting was chosen on them) and the changes of each study.
+STUDIES = {
+    "details": (list(tasks.TASKS), range(20, 30), DETAILS),
+    "penalty": (["demo"], range(40, 45), PENALTY),
+    "baselines": (list(tasks.TASKS), range(50, 60), BASELINES),
+}
+
+
+def settings(task: str, base, change: dict) -> dict:
     """The fields of Config that the change sets on this task."""
-    changed = dict(CHANGES[change])
+    changed = dict(change)
     if "kl_target" in changed:
         changed["kl_target"] = KL_TARGETS[task]
     if "learning_rate" in changed:
@@ -120,12 +147,12 @@ def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float
     }
 
 
-def table(path: Path) -> None:
+def table(path: Path, changes: dict) -> None:
     """Markdown, sorted by the mean over tasks of the difference over the whole run."""
     results = read(path)
     names = [name for name in tasks.TASKS if any(task == name for task, _, _ in results)]
     lines = []
-    for change in CHANGES:
+    for change in changes:
         found = {task: worth(results, task, change) for task in names}
         average = fmean(found[task]["mean"][0] for task in names)
         cells = [change]
@@ -146,25 +173,26 @@ def table(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=tasks.TASKS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--changes", nargs="+", default=list(CHANGES), choices=CHANGES)
-    parser.add_argument("--out", type=Path, default=CSV)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--changes", nargs="+")
     parser.add_argument("--table", action="store_true", help="print what the CSV says, run nothing")
     args = parser.parse_args()
+    path = FOLDER / f"{args.study}.csv"
+    names, seeds, changes = STUDIES[args.study]
     if args.table:
-        return table(args.out)
+        return table(path, changes)
     torch.set_num_threads(1)
-    for seed in args.seeds:
-        for name in args.tasks:
-            missing = [change for change in args.changes if (name, change, seed) not in tasks.done(args.out)]
-            if not missing:
-                continue
-            task = tasks.TASKS[name](seed)
-            for change in missing:
-                rows = tasks.train(task, seed, **settings(name, task.settings, change))
-                tasks.append(args.out, name, change, seed, rows)
-                print(seed, name, change, rows[-1]["score"], flush=True)
+    for seed, name in itertools.product(args.seeds or seeds, args.tasks or names):
+        missing = [change for change in args.changes or changes if (name, change, seed) not in tasks.done(path)]
+        if not missing:
+            continue
+        task = tasks.TASKS[name](seed)
+        for change in missing:
+            rows = tasks.train(task, seed, **settings(name, task.settings, changes[change]))
+            tasks.append(path, name, change, seed, rows)
+            print(seed, name, change, rows[-1]["score"], flush=True)
 
 
 if __name__ == "__main__":
