@@ -14,18 +14,14 @@ Rows go to NAME.csv. A run that it holds is not repeated, so what was interrupte
 other seeds.
 """
 import argparse
-import csv
 import itertools
-import math
-from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
 
 import tasks
 import torch
+from results import KL_LEVELS, table
 
 FOLDER = Path(__file__).parent
-KL_TARGETS = {"demo": 3.0, "sums": 0.5, "ends": 3.0}  # nats a reply; the fixed β of the task leads to about twice that
 DETAILS = {
     "defaults": {},
     "policy clip off": dict(cliprange=0.9999, cliprange_high=1e6),
@@ -50,7 +46,7 @@ DETAILS = {
     "KL in the loss, k2": dict(kl_in="loss", kl_estimator="k2"),
     "KL in the loss, k3": dict(kl_in="loss", kl_estimator="k3"),
     "no KL penalty": dict(kl_coef=0.0),
-    "adaptive KL": dict(kl_target=KL_TARGETS, kl_horizon=1000.0),
+    "adaptive KL": dict(kl_target=KL_LEVELS, kl_horizon=1000.0),
     "entropy bonus 0.01": dict(ent_coef=0.01),
     "temperature 0.7": dict(temperature=0.7),
     "temperature 1.3": dict(temperature=1.3),
@@ -87,88 +83,10 @@ def settings(task: str, base, change: dict) -> dict:
     """The fields of Config that the change sets on this task."""
     changed = dict(change)
     if "kl_target" in changed:
-        changed["kl_target"] = KL_TARGETS[task]
+        changed["kl_target"] = KL_LEVELS[task]
     if "learning_rate" in changed:
         changed["learning_rate"] *= base.learning_rate
     return changed
-
-
-def read(path: Path) -> dict[tuple, dict]:
-    """{(task, change, seed): what the table compares}."""
-    runs = defaultdict(list)
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            runs[row["task"], row["change"], int(row["seed"])].append(row)
-    results = {}
-    for key, rows in runs.items():
-        trained = [row for row in rows if row["part"] == "train"]
-        before, after = (row for row in rows if row["part"] == "held-out")
-        results[key] = {
-            "before": float(before["score"]),
-            "score": float(after["score"]),
-            "kl": float(after["kl"]),
-            "fluency": float(after["fluency"] or math.nan),
-            "mean": fmean(float(row["score"]) for row in trained),
-            "path": [(float(row["kl"]), float(row["score"])) for row in trained],
-        }
-    return results
-
-
-def score_at(path: list[tuple[float, float]], kl: float) -> float:
-    """The score where the run first reaches this KL, between two updates by a line; NaN if it never does."""
-    for (kl_0, score_0), (kl_1, score_1) in zip(path, path[1:]):
-        if kl_0 < kl <= kl_1:
-            return score_0 + (score_1 - score_0) * (kl - kl_0) / (kl_1 - kl_0)
-    return math.nan
-
-
-def mean_and_error(xs: list[float]) -> tuple[float, float]:
-    xs = [x for x in xs if not math.isnan(x)]
-    if len(xs) < 2:
-        return math.nan, math.nan
-    return fmean(xs), stdev(xs) / math.sqrt(len(xs))
-
-
-def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float]]:
-    """Differences from the defaults, with their standard errors, in percent of what the defaults gain in the task."""
-    seeds = [s for t, c, s in results if (t, c) == (task, change) and (t, "defaults", s) in results]
-    pairs = [(results[task, change, seed], results[task, "defaults", seed]) for seed in seeds]
-    defaults = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
-    gain = fmean(run["score"] - run["before"] for run in defaults)
-    kl = KL_TARGETS[task]
-    return {
-        "mean": mean_and_error([100 * (run["mean"] - default["mean"]) / gain for run, default in pairs]),
-        "score": mean_and_error([100 * (run["score"] - default["score"]) / gain for run, default in pairs]),
-        "at KL": mean_and_error(
-            [100 * (score_at(run["path"], kl) - score_at(default["path"], kl)) / gain for run, default in pairs]
-        ),
-        "kl": mean_and_error([run["kl"] - default["kl"] for run, default in pairs]),
-        "fluency": mean_and_error([100 * (run["fluency"] - default["fluency"]) for run, default in pairs]),
-    }
-
-
-def table(path: Path, changes: dict) -> None:
-    """Markdown, sorted by the mean over tasks of the difference over the whole run."""
-    results = read(path)
-    names = [name for name in tasks.TASKS if any(task == name for task, _, _ in results)]
-    lines = []
-    for change in changes:
-        found = {task: worth(results, task, change) for task in names}
-        average = fmean(found[task]["mean"][0] for task in names)
-        cells = [change]
-        for task in names:
-            for what in ("mean", "score", "at KL"):
-                value, error = found[task][what]
-                cells.append("" if math.isnan(value) else f"{value:+.0f} ± {error:.0f}")
-        lines.append((average, f"| {' | '.join([*cells, f'{average:+.0f}'])} |"))
-    print("| change |", " | ".join(f"{task}: {what}" for task in names for what in ("run", "end", "at KL")), "| mean |")
-    print("|---" * (3 * len(names) + 2) + "|")
-    for _, line in sorted(lines, key=lambda pair: -pair[0]):
-        print(line)
-    for task in names:
-        runs = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
-        said = [f"{what} {fmean(run[what] for run in runs):.2f}" for what in ("before", "score", "kl", "mean")]
-        print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(said)}")
 
 
 def main() -> None:
@@ -182,7 +100,7 @@ def main() -> None:
     path = FOLDER / f"{args.study}.csv"
     names, seeds, changes = STUDIES[args.study]
     if args.table:
-        return table(path, changes)
+        return table(path)
     torch.set_num_threads(1)
     for seed, name in itertools.product(args.seeds or seeds, args.tasks or names):
         missing = [change for change in args.changes or changes if (name, change, seed) not in tasks.done(path)]

@@ -1,0 +1,87 @@
+"""What the CSVs of study.py say. It needs nothing but Python, so that plot.py runs without torch."""
+import csv
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+
+# Nats a reply at which scores are compared "at equal KL", about half of where the defaults end.
+KL_LEVELS = {"demo": 3.0, "sums": 0.5, "ends": 3.0}
+
+
+def read(path: Path) -> dict[tuple, dict]:
+    """{(task, change, seed): what the table compares}."""
+    runs = defaultdict(list)
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            runs[row["task"], row["change"], int(row["seed"])].append(row)
+    results = {}
+    for key, rows in runs.items():
+        trained = [row for row in rows if row["part"] == "train"]
+        before, after = (row for row in rows if row["part"] == "held-out")
+        results[key] = {
+            "before": float(before["score"]),
+            "score": float(after["score"]),
+            "kl": float(after["kl"]),
+            "fluency": float(after["fluency"] or math.nan),
+            "mean": fmean(float(row["score"]) for row in trained),
+            "path": [(float(row["kl"]), float(row["score"])) for row in trained],
+        }
+    return results
+
+
+def score_at(path: list[tuple[float, float]], kl: float) -> float:
+    """The score where the run first reaches this KL, between two updates by a line; NaN if it never does."""
+    for (kl_0, score_0), (kl_1, score_1) in zip(path, path[1:]):
+        if kl_0 < kl <= kl_1:
+            return score_0 + (score_1 - score_0) * (kl - kl_0) / (kl_1 - kl_0)
+    return math.nan
+
+
+def mean_and_error(xs: list[float]) -> tuple[float, float]:
+    xs = [x for x in xs if not math.isnan(x)]
+    if len(xs) < 2:
+        return math.nan, math.nan
+    return fmean(xs), stdev(xs) / math.sqrt(len(xs))
+
+
+def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float]]:
+    """Differences from the defaults, with their standard errors, in percent of what the defaults gain in the task."""
+    seeds = [s for t, c, s in results if (t, c) == (task, change) and (t, "defaults", s) in results]
+    pairs = [(results[task, change, seed], results[task, "defaults", seed]) for seed in seeds]
+    defaults = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
+    gain = fmean(run["score"] - run["before"] for run in defaults)
+    kl = KL_LEVELS[task]
+    return {
+        "mean": mean_and_error([100 * (run["mean"] - default["mean"]) / gain for run, default in pairs]),
+        "score": mean_and_error([100 * (run["score"] - default["score"]) / gain for run, default in pairs]),
+        "at KL": mean_and_error(
+            [100 * (score_at(run["path"], kl) - score_at(default["path"], kl)) / gain for run, default in pairs]
+        ),
+        "kl": mean_and_error([run["kl"] - default["kl"] for run, default in pairs]),
+        "fluency": mean_and_error([100 * (run["fluency"] - default["fluency"]) for run, default in pairs]),
+    }
+
+
+def table(path: Path) -> None:
+    """Markdown, sorted by the mean over tasks of the difference over the whole run."""
+    results = read(path)
+    names = list(dict.fromkeys(task for task, _, _ in results))
+    lines = []
+    for change in dict.fromkeys(change for _, change, _ in results):
+        found = {task: worth(results, task, change) for task in names}
+        average = fmean(found[task]["mean"][0] for task in names)
+        cells = [change]
+        for task in names:
+            for what in ("mean", "score", "at KL"):
+                value, error = found[task][what]
+                cells.append("" if math.isnan(value) else f"{value:+.0f} ± {error:.0f}")
+        lines.append((average, f"| {' | '.join([*cells, f'{average:+.0f}'])} |"))
+    print("| change |", " | ".join(f"{task}: {what}" for task in names for what in ("run", "end", "at KL")), "| mean |")
+    print("|---" * (3 * len(names) + 2) + "|")
+    for _, line in sorted(lines, key=lambda pair: -pair[0]):
+        print(line)
+    for task in names:
+        runs = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
+        said = [f"{what} {fmean(run[what] for run in runs):.2f}" for what in ("before", "score", "kl", "mean")]
+        print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(said)}")
