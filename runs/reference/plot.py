@@ -2,22 +2,29 @@
 
     python runs/reference/plot.py runs/NAME
     python runs/reference/plot.py runs/SEED-1 runs/SEED-2 runs/SEED-3 -o curves.svg
+    python runs/reference/plot.py runs/reference/study/details.csv      # or penalty.csv: a figure of a study
 
 One panel for the score, one for the KL to the reference, and one for each reward that is not the score itself. Of runs
 of different length, only the updates that all of them have are drawn. The same runs give the same file.
 """
 import argparse
+import csv
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+sys.path.append(str(Path(__file__).parent / "study"))
+import results
+
 GREY, BLUE = "#7a7a7a", "#2478e8"  # both can be read on a white page and on a dark one
 COLUMNS = 3
+LOWEST = -60  # percent, the end of the axis of draw_details
 STYLE = {
     "font.sans-serif": ["DejaVu Sans"],  # it comes with matplotlib; a browser without it takes its own sans-serif
     "font.size": 10,
@@ -99,16 +106,71 @@ def draw(runs: list[dict[int, dict]]) -> Figure:
     return figure
 
 
+def draw_details(path: Path) -> Figure:
+    """A panel a task, a row a change: its score over the run less that of the defaults, with 95% intervals."""
+    found = results.read(path)
+    tasks = list(dict.fromkeys(task for task, _, _ in found))
+    changes = dict.fromkeys(change for _, change, _ in found if change != "defaults")
+    differences = {change: [results.worth(found, task, change)["mean"] for task in tasks] for change in changes}
+    order = sorted(changes, key=lambda change: statistics.fmean(mean for mean, _ in differences[change]))
+    figure = Figure(figsize=(8.6, 0.8 + 0.2 * len(order)), layout="constrained")
+    for i, (axes, task) in enumerate(zip(figure.subplots(1, len(tasks), sharey=True), tasks)):
+        means, errors = zip(*(differences[change][i] for change in order))
+        shown = [max(mean, LOWEST) for mean in means]
+        axes.errorbar(shown, order, xerr=[1.96 * error for error in errors], fmt="o", color=BLUE, markersize=4, linewidth=1)
+        for y, mean in enumerate(means):
+            if mean < LOWEST:
+                axes.annotate(f"← {mean:.0f}", (LOWEST, y), (4, 4), textcoords="offset points", fontsize=8)
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.set(title=task, xlim=(LOWEST - 5, 30), ylim=(-0.7, len(order) - 0.3))
+        axes.grid(True)
+    figure.supxlabel("score over the run less that of the defaults, % of what they gain; bar: 95% interval", fontsize=10)
+    return figure
+
+
+def draw_penalty(path: Path) -> Figure:
+    """Score and fluency over KL as training goes on: above for each β, below for each target KL without a penalty."""
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "train"]
+    figure = Figure(figsize=(8.6, 6.4), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    for line, (kind, symbol) in zip(panels, [("beta", "β"), ("target", "target")]):
+        changes = sorted({row["change"] for row in rows if row["change"].startswith(kind)}, key=lambda x: float(x[len(kind) + 1 :]))
+        for i, change in enumerate(changes):
+            color = matplotlib.colormaps["viridis"](0.15 + 0.75 * i / (len(changes) - 1))
+            runs = [row for row in rows if row["change"] == change]
+            updates = sorted({int(row["update"]) for row in runs})
+            for axes, what in zip(line, ("score", "fluency")):
+                at = [[row for row in runs if int(row["update"]) == update] for update in updates]
+                kl = [statistics.fmean(float(row["kl"]) for row in seeds) for seeds in at]
+                mean = [statistics.fmean(float(row[what]) for row in seeds) for seeds in at]
+                lowest = [min(float(row[what]) for row in seeds) for seeds in at]
+                highest = [max(float(row[what]) for row in seeds) for seeds in at]
+                axes.plot(kl, mean, ".-", color=color, linewidth=1.5, markersize=4, label=f"{symbol} {change.split('=')[1]}")
+                axes.fill_between(kl, lowest, highest, color=color, alpha=0.2, linewidth=0)
+                axes.set(ylabel=what, xscale="symlog")
+                axes.grid(True)
+        line[1].legend(fontsize=8, frameon=False, loc="lower left")
+    panels[0, 0].set_title("score, mean over replies")
+    panels[0, 1].set_title("fluency, share of replies")
+    figure.supxlabel("KL to the reference, nats a reply; a dot an update; band: lowest to highest of the seeds", fontsize=10)
+    return figure
+
+
+STUDIES = {"details.csv": draw_details, "penalty.csv": draw_penalty}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder with a metrics.jsonl")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder with a metrics.jsonl, or a study's CSV")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: curves.svg in the first RUN")
     args = parser.parse_args()
-    output = args.output or args.runs[0] / "curves.svg"
+    study = STUDIES.get(args.runs[0].name)
+    output = args.output or (args.runs[0].with_suffix(".svg") if study else args.runs[0] / "curves.svg")
     if not output.parent.is_dir():
         raise SystemExit(f"{output}: expected a file in a folder that exists")
     matplotlib.rcParams.update(STYLE)
-    figure = draw([read_run(run) for run in args.runs])
+    figure = study(args.runs[0]) if study else draw([read_run(run) for run in args.runs])
     figure.savefig(output, format="svg", transparent=True, metadata={"Date": None})
     print(output)
 
