@@ -1,14 +1,15 @@
 """Results of many runs: what each detail of PPO is worth, over-optimisation, and the critic against a group's mean.
 
     python runs/reference/study/study.py details       # about 6 hours of one core
-    python runs/reference/study/study.py penalty       # half an hour
+    python runs/reference/study/study.py rates         # half an hour
+    python runs/reference/study/study.py penalty       # 45 minutes
     python runs/reference/study/study.py baselines     # an hour
     python runs/reference/study/study.py details --seeds 20 21 --tasks ends --changes lam=0.5       # some of it
     python runs/reference/study/study.py details --table                                            # what was found
 
 details: from the defaults one change at a time, on three tasks, paired by seed: the same model, prompts and first
-replies. penalty: the demo with larger steps, under several strengths of the KL penalty, and of the target-KL stop
-without a penalty. baselines: what a critic is worth beside the mean score of eight replies to the same prompt.
+replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo under several
+strengths of the KL penalty, and of the stop without a penalty. baselines: what a critic is worth beside the mean score of eight replies to the same prompt.
 
 Rows go to NAME.csv. A run that it holds is not repeated, so what was interrupted goes on; several may run at once on
 other seeds.
@@ -58,9 +59,14 @@ DETAILS = {
 }
 
 
-LARGE_STEPS = dict(learning_rate=3.0)  # times the demo's: without a penalty it then hacks its reward
-PENALTY = {f"beta={beta}": LARGE_STEPS | dict(kl_coef=beta) for beta in (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)}
-PENALTY |= {f"target={kl}": LARGE_STEPS | dict(kl_coef=0.0, target_kl=kl) for kl in (0.01, 0.03, 0.1, 0.3)}
+# Twice the demo's updates: without a penalty its reward is then hacked.
+PENALTY = {f"beta={beta}": dict(num_updates=40, kl_coef=beta) for beta in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)}
+PENALTY |= {f"target={kl}": dict(num_updates=40, kl_coef=0.0, target_kl=kl) for kl in (0.01, 0.03, 0.1)}
+RATES = {
+    f"rate x {times}, target KL {kl}": dict(learning_rate=times, target_kl=kl)  # times the task's
+    for times in (1.0, 3.0, 10.0)
+    for kl in (None, 1.0, 0.1, 0.03)
+}
 NO_CRITIC = dict(vf_coef=0.0)  # V stays the running mean of the returns
 EIGHT = dict(samples_per_prompt=8)
 BASELINES = {
@@ -74,7 +80,8 @@ BASELINES = {
 # The tasks, the seeds (no setting was chosen on them) and the changes of each study.
 STUDIES = {
     "details": (list(tasks.TASKS), range(20, 30), DETAILS),
-    "penalty": (["demo"], range(40, 45), PENALTY),
+    "rates": (["demo"], range(40, 45), RATES),
+    "penalty": (["demo"], range(60, 65), PENALTY),
     "baselines": (list(tasks.TASKS), range(50, 60), BASELINES),
 }
 
