@@ -62,11 +62,12 @@ DETAILS = {
 # Twice the demo's updates: without a penalty its reward is then hacked.
 PENALTY = {f"beta={beta}": dict(num_updates=40, kl_coef=beta) for beta in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)}
 PENALTY |= {f"target={kl}": dict(num_updates=40, kl_coef=0.0, target_kl=kl) for kl in (0.01, 0.03, 0.1)}
-RATES = {
-    f"rate x {times}, target KL {kl}": dict(learning_rate=times, target_kl=kl)  # times the task's
-    for times in (1.0, 3.0, 10.0)
-    for kl in (None, 1.0, 0.1, 0.03)
-}
+RATES = {}  # times the demo's
+for times in (1.0, 3.0, 10.0):
+    for kl in (None, 1.0, 0.1, 0.03):
+        RATES[f"rate x {times}, target KL {kl}"] = dict(learning_rate=times, target_kl=kl)
+    warmup = dict(learning_rate=times, target_kl=0.1, warmup_updates=2)
+    RATES[f"rate x {times}, target KL 0.1, warm-up of 2"] = warmup
 NO_CRITIC = dict(vf_coef=0.0)  # V stays the running mean of the returns
 EIGHT = dict(samples_per_prompt=8)
 BASELINES = {
