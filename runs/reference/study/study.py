@@ -9,7 +9,8 @@
 
 details: from the defaults one change at a time, on three tasks, paired by seed: the same model, prompts and first
 replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo under several
-strengths of the KL penalty, and of the stop without a penalty. baselines: what a critic is worth beside the mean score of eight replies to the same prompt.
+strengths of the KL penalty, and of the stop without a penalty. baselines: what a critic is worth beside the mean score
+of eight replies to the same prompt.
 
 Rows go to NAME.csv. A run that it holds is not repeated, so what was interrupted goes on; several may run at once on
 other seeds.
