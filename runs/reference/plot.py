@@ -117,14 +117,16 @@ def draw_details(path: Path) -> Figure:
     for i, (axes, task) in enumerate(zip(figure.subplots(1, len(tasks), sharey=True), tasks)):
         means, errors = zip(*(differences[change][i] for change in order))
         shown = [max(mean, LOWEST) for mean in means]
-        axes.errorbar(shown, order, xerr=[1.96 * error for error in errors], fmt="o", color=BLUE, markersize=4, linewidth=1)
+        intervals = [1.96 * error for error in errors]
+        axes.errorbar(shown, order, xerr=intervals, fmt="o", color=BLUE, markersize=4, linewidth=1)
         for y, mean in enumerate(means):
             if mean < LOWEST:
                 axes.annotate(f"← {mean:.0f}", (LOWEST, y), (4, 4), textcoords="offset points", fontsize=8)
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.set(title=task, xlim=(LOWEST - 5, 30), ylim=(-0.7, len(order) - 0.3))
         axes.grid(True)
-    figure.supxlabel("score over the run less that of the defaults, % of what they gain; bar: 95% interval", fontsize=10)
+    label = "score over the run less that of the defaults, % of what they gain; bar: 95% interval"
+    figure.supxlabel(label, fontsize=10)
     return figure
 
 
@@ -135,7 +137,8 @@ def draw_penalty(path: Path) -> Figure:
     figure = Figure(figsize=(8.6, 6.4), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     for line, (kind, symbol) in zip(panels, [("beta", "β"), ("target", "target")]):
-        changes = sorted({row["change"] for row in rows if row["change"].startswith(kind)}, key=lambda x: float(x[len(kind) + 1 :]))
+        changes = {row["change"] for row in rows if row["change"].startswith(kind)}
+        changes = sorted(changes, key=lambda change: float(change.split("=")[1]))
         for i, change in enumerate(changes):
             color = matplotlib.colormaps["viridis"](0.15 + 0.75 * i / (len(changes) - 1))
             runs = [row for row in rows if row["change"] == change]
@@ -146,14 +149,16 @@ def draw_penalty(path: Path) -> Figure:
                 mean = [statistics.fmean(float(row[what]) for row in seeds) for seeds in at]
                 lowest = [min(float(row[what]) for row in seeds) for seeds in at]
                 highest = [max(float(row[what]) for row in seeds) for seeds in at]
-                axes.plot(kl, mean, ".-", color=color, linewidth=1.5, markersize=4, label=f"{symbol} {change.split('=')[1]}")
+                label = f"{symbol} {change.split('=')[1]}"
+                axes.plot(kl, mean, ".-", color=color, linewidth=1.5, markersize=4, label=label)
                 axes.fill_between(kl, lowest, highest, color=color, alpha=0.2, linewidth=0)
                 axes.set(ylabel=what, xscale="symlog")
                 axes.grid(True)
         line[1].legend(fontsize=8, frameon=False, loc="lower left")
     panels[0, 0].set_title("score, mean over replies")
     panels[0, 1].set_title("fluency, share of replies")
-    figure.supxlabel("KL to the reference, nats a reply; a dot an update; band: lowest to highest of the seeds", fontsize=10)
+    label = "KL to the reference, nats a reply; a dot an update; band: lowest to highest of the seeds"
+    figure.supxlabel(label, fontsize=10)
     return figure
 
 
@@ -162,7 +167,7 @@ STUDIES = {"details.csv": draw_details, "penalty.csv": draw_penalty}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder with a metrics.jsonl, or a study's CSV")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or the CSV of a study")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: curves.svg in the first RUN")
     args = parser.parse_args()
     study = STUDIES.get(args.runs[0].name)

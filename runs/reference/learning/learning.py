@@ -31,7 +31,7 @@ def share(reply: list[int], divisor: int) -> float:
     return sum(token % divisor == 0 for token in reply) / len(reply)
 
 
-# Each task: score of a prompt and a reply, the score to reach, updates at most, and what differs from the settings below.
+# Each task: score of a prompt and a reply, the score to reach, updates at most, and settings of its own.
 TASKS = {
     # Dense: every token counts the same. The work of the speed benchmark.
     "even": (lambda prompt, reply: share(reply, 2), 0.9, 40, dict(response_length=32)),

@@ -145,8 +145,8 @@ def table() -> None:
         print(f"| {' | '.join(cells)} |")
     for (task, name), runs in results.items():
         if name.startswith(RIGHT):
-            means = {what: fmean(float(run[what] or "nan") for run in runs.values()) for what in ("score", "kl", "fluency")}
-            print(task, name, *(f"{what} {mean:.2f}" for what, mean in means.items()))
+            for what in ("score", "kl", "fluency"):
+                print(task, name, what, round(fmean(float(run[what] or "nan") for run in runs.values()), 2))
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 sys.path.insert(0, str(Path(__file__).parents[3]))
 import ppo_llm
 
-CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+CHAT += "{% if add_generation_prompt %}assistant{% endif %}"
 FORMS = ("it is", "that makes", "the sum is", "the answer is")
 
 
