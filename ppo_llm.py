@@ -311,7 +311,7 @@ class Rollout:
     logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
     ref_logprobs: Tensor = None  # [B, T] the same under the reference
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
-    values: Tensor = None  # [B, T] V_old of the state before each token, frozen: the baseline, in units of scores
+    values: Tensor = None  # [B, T] V_old of the state before each token: the baseline, at last in units of scores
     final_values: Tensor = None  # [B] V_old of the state after the last token
     predictions: Tensor = None  # [B, T] old outputs of the critic, V(s) or Q(s, a), in its own units
     advantages: Tensor = None  # [B, T]
@@ -648,7 +648,7 @@ class State:
     skipped: int = 0  # steps skipped in a row, as not finite, counted over the updates that took no step at all
     step_size: float = 1.0  # share of the learning rate that target_kl leaves
     returns_mean: float = 0.0  # running mean of the returns of earlier updates
-    returns_std: float = 0.0  # and their largest standard deviation: the units of the critic
+    returns_std: float = 0.0  # largest standard deviation of the returns of an update: with the mean, critic's units
 
 
 def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOConfig) -> None:  # scores [B]
@@ -656,8 +656,8 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
 
     The critic has the units of its task: V = mean + std·output, by a running mean of the returns and their largest
     standard deviation (after PopArt, arXiv 1809.04474, but outputs are not corrected when these move). So vf_coef and a
-    clip mean the same for scores of 0.01 and of 100. Both are in `state` and move here, but for returns that are not
-    finite.
+    clip mean the same for scores of 0.01 and of 100. Both are in `state` and move here. Returns that are not finite
+    move neither.
     """
     mask = rollout.mask
     if cfg.score_clip is not None:
@@ -669,10 +669,10 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
     if cfg.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     _, sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)
-    sampled = sampled_returns[mask].double()  # [N]
-    # The largest deviation, this one included: the first success is no huge target. And not that of now: a policy that
-    # has learned gives returns that hardly differ, and in units of so little a small change would be a huge error, and
-    # shake the trunk that critic and policy share.
+    sampled = sampled_returns[mask].double()  # [N], what really followed each token
+    # The deviation of this batch counts at once, so that a first success is not a huge target. It never falls: a policy
+    # that has learned gives returns that hardly differ. In units as small as that a small change would be a huge error,
+    # and shake the trunk that critic and policy share.
     state.returns_std = max(state.returns_std, float(sampled.std(correction=0)))
     mean, std = state.returns_mean, state.returns_std or 1.0
     rollout.values = mean + std * rollout.values
@@ -683,7 +683,7 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
         _, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.critic_lam, bootstrap)
     rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages
     rollout.returns = torch.where(mask, (returns - mean) / std, 0.0)
-    if sampled.isfinite().all():  # only now, for later updates: a reply must not shift its own baseline
+    if sampled.isfinite().all():  # the mean moves last, for later updates: a reply must not shift its own baseline
         state.returns_mean += 0.2 * (float(sampled.mean()) - mean)
 
 
