@@ -1,7 +1,5 @@
 """Three tasks for the studies in this folder, and how a run on one of them becomes rows of a CSV.
 
-    python tasks.py FOLDER      # writes the models, prompts and rewards of `sums` and `ends` for ppo_llm.py's own flags
-
 demo: the demo of ppo_llm.py. The score counts kind words, a KL penalty guards the grammar.
 sums: chat prompts and a column with the answer. A small Llama has read sums of which three in five are wrong; the score
       is 1 for a right one. So the reward can be verified.
