@@ -174,7 +174,7 @@ def main() -> None:
             with planted(exhibit):
                 try:
                     rows = tasks.train(task, seed, **settings)
-                except ppo_llm.RunError as error:
+                except RuntimeError as error:  # the run ended by itself, or the mistake does not even run
                     print(seed, name, trial, error, flush=True)
                     rows = [dict(part="held-out", update="failed", score="nan", kl="nan", fluency="nan")]
             tasks.append(CSV, name, trial, seed, rows)
