@@ -312,7 +312,7 @@ class Rollout:
     ref_logprobs: Tensor = None  # [B, T] the same under the reference
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
     values: Tensor = None  # [B, T] V_old of the state before each token: the baseline, at last in units of scores
-    final_values: Tensor = None  # [B] V_old of the state after the last token
+    final_values: Tensor = None  # [B] V_old of the state after the last token, likewise
     predictions: Tensor = None  # [B, T] old outputs of the critic, V(s) or Q(s, a), in its own units
     sampled_returns: Tensor = None  # [B, T] discounted sums of the rewards from this token on
     advantages: Tensor = None  # [B, T]
@@ -812,6 +812,7 @@ def ppo(
     """Train the actor in place until cfg.num_updates updates are done. Yields the metrics and four samples of each.
 
     ref: the frozen initial policy. optimizer: of one group of parameters, or of two, policy and critic (cfg.critic_lr).
+    Its learning rates are set anew in each update.
     score(prompts, replies) -> (scores [B], parts): replies as token ids; higher is better. parts {name: [B]} are for
     the metrics (NaN where a part does not apply). stop_ids: the tokens that end a reply.
     state: where to begin, State(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written then.

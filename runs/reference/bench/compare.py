@@ -54,6 +54,27 @@ def make_model(size: str, kind: str = "GPT2LMHeadModel", **more):
     return getattr(transformers, kind)(config)
 
 
+def make_reward_model():
+    """What scores the share of even tokens after the prompt, as TRL reads it: out of a hidden state."""
+    import torch
+
+    class Even(torch.nn.Module):
+        base_model_prefix = "trunk"
+
+        def __init__(self):
+            super().__init__()
+            self.score = torch.nn.Identity()
+            self.trunk = self.share
+
+        @staticmethod
+        def share(input_ids, **_):
+            even = (input_ids[:, PROMPT:] % 2 == 0).float().mean(1)
+            states = even.view(-1, 1, 1).expand(-1, input_ids.shape[1], 1)
+            return type("Output", (), {"hidden_states": [states]})
+
+    return Even()
+
+
 def make_tokenizer(size: str, **special):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -99,22 +120,6 @@ def trl(size: str, batch: int, reply: int, updates: int) -> None:
     from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    class Even(torch.nn.Module):
-        """A reward model to TRL: its hidden state is the share of even tokens in what follows the prompt."""
-        base_model_prefix = "trunk"
-
-        def __init__(self):
-            super().__init__()
-            self.score = torch.nn.Identity()
-            self.trunk = self.share
-
-        @staticmethod
-        def share(input_ids, **_):
-            reply = input_ids[:, PROMPT:]
-            even = (reply % 2 == 0).float().mean(1)
-            states = even.view(-1, 1, 1).expand(-1, input_ids.shape[1], 1)
-            return type("Output", (), {"hidden_states": [states]})
-
     ticks = []
 
     class Clock(TrainerCallback):
@@ -147,7 +152,7 @@ def trl(size: str, batch: int, reply: int, updates: int) -> None:
         processing_class=make_tokenizer(size, pad_token="<pad>", eos_token="<eos>"),  # the model has neither
         model=make_model(size),
         ref_model=make_model(size),
-        reward_model=Even(),
+        reward_model=make_reward_model(),
         value_model=make_model(size, "GPT2ForSequenceClassification", num_labels=1),
         callbacks=[Clock()],
         train_dataset=Dataset.from_dict({"input_ids": make_prompts(size)}),

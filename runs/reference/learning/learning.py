@@ -3,9 +3,9 @@
     cd runs/reference/learning
     python learning.py --seeds 10 11 12 13 14 15 16 17 18 19 --tasks even --out even.jsonl
     python learning.py --seeds 10 11 12 --out defaults.jsonl
-    python learning.py --seeds 20 21 22 23 24 --rates 3e-3 --each --out each.jsonl     # every default, changed alone
+    python learning.py --seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --each --out each.jsonl
     python learning.py --seeds 20 21 22 --change lam=0.95 vf_coef=1 --out mine.jsonl
-    python learning.py --table even.jsonl each.jsonl                                   # what was measured
+    python learning.py --table even.jsonl each.jsonl           # what was measured; --each: every default, changed alone
 
 Each run trains a GPT-2 from random weights, with one thread, until the mean score of three updates is above the goal of
 its task. A row of the output says after how many samples and CPU seconds that was. A change is a field of PPOConfig,

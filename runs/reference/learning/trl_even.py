@@ -18,28 +18,13 @@ from statistics import fmean
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import torch
 from datasets import Dataset
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
+from transformers import TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from compare import PROMPT, make_tokenizer
+from compare import PROMPT, make_model, make_reward_model, make_tokenizer
 
 BATCH, GOAL, UPDATES = 64, 0.9, 40
-
-
-class Even(torch.nn.Module):
-    """A reward model to TRL: its hidden state is the share of even tokens in what follows the prompt."""
-    base_model_prefix = "trunk"
-
-    def __init__(self):
-        super().__init__()
-        self.score = torch.nn.Identity()
-        self.trunk = self.share
-
-    @staticmethod
-    def share(input_ids, **_):
-        even = (input_ids[:, PROMPT:] % 2 == 0).float().mean(1)
-        return type("Output", (), {"hidden_states": [even.view(-1, 1, 1).expand(-1, input_ids.shape[1], 1)]})
 
 
 class Goal(TrainerCallback):
@@ -53,13 +38,6 @@ class Goal(TrainerCallback):
             self.scores.append(logs["objective/scores"])
             if len(self.scores) >= 3 and fmean(self.scores[-3:]) > GOAL:
                 raise StopIteration
-
-
-def model(kind: type = GPT2LMHeadModel, **more):
-    torch.manual_seed(0)
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    size = dict(vocab_size=128, n_positions=128, n_layer=4, n_embd=128, n_head=4)
-    return kind(GPT2Config(bos_token_id=None, eos_token_id=None, **size, **no_dropout, **more))
 
 
 def run(seed: int, rate: float) -> dict:
@@ -88,10 +66,10 @@ def run(seed: int, rate: float) -> dict:
     trainer = PPOTrainer(
         args=settings,
         processing_class=make_tokenizer("tiny", pad_token="<pad>", eos_token="<eos>"),  # the model has neither
-        model=model(),
-        ref_model=model(),
-        reward_model=Even(),
-        value_model=model(GPT2ForSequenceClassification, num_labels=1),
+        model=make_model("tiny"),
+        ref_model=make_model("tiny"),
+        reward_model=make_reward_model(),
+        value_model=make_model("tiny", "GPT2ForSequenceClassification", num_labels=1),
         callbacks=[goal],
         train_dataset=Dataset.from_dict({"input_ids": ids}),
     )

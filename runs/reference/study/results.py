@@ -63,9 +63,22 @@ def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float
     }
 
 
+def ends(results: dict) -> None:
+    """Markdown: where the runs of each change ended on the demo, means over seeds, and how many ended well."""
+    print("| change | score | KL | fluency | of 2.5 or more, and fluency 0.85 or more |")
+    print("|---|---|---|---|---|")
+    for change in dict.fromkeys(change for _, change, _ in results):
+        runs = [run for (_, c, _), run in results.items() if c == change]
+        well = sum(run["score"] >= 2.5 and run["fluency"] >= 0.85 for run in runs)
+        means = [f"{fmean(run[what] for run in runs):.2f}" for what in ("score", "kl", "fluency")]
+        print(f"| {change} | {' | '.join(means)} | {well} of {len(runs)} |")
+
+
 def table(path: Path) -> None:
-    """Markdown, sorted by the mean over tasks of the difference over the whole run."""
+    """Markdown, sorted by the mean over tasks of the difference over the whole run; where runs ended, if that is all."""
     results = read(path)
+    if not any(change == "defaults" for _, change, _ in results):
+        return ends(results)
     names = list(dict.fromkeys(task for task, _, _ in results))
     lines = []
     for change in dict.fromkeys(change for _, change, _ in results):
