@@ -75,7 +75,7 @@ def ends(results: dict) -> None:
 
 
 def table(path: Path) -> None:
-    """Markdown, sorted by the mean over tasks of the difference over the whole run; where runs ended, if that is all."""
+    """Markdown, sorted by the mean over tasks of the difference over the whole run. Without defaults, only the ends."""
     results = read(path)
     if not any(change == "defaults" for _, change, _ in results):
         return ends(results)
