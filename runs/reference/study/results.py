@@ -64,20 +64,24 @@ def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float
 
 
 def ends(results: dict) -> None:
-    """Markdown: where the runs of each change ended on the demo, means over seeds, and how many ended well."""
-    print("| change | score | KL | fluency | of 2.5 or more, and fluency 0.85 or more |")
-    print("|---|---|---|---|---|")
+    """Markdown: where the runs of each change ended, means over seeds; and of the demo, how many of them ended well."""
+    print("| change | runs | score | KL | fluency | score 2.5 or more, fluency 0.85 or more |")
+    print("|---" * 6 + "|")
     for change in dict.fromkeys(change for _, change, _ in results):
         runs = [run for (_, c, _), run in results.items() if c == change]
+        score, error = mean_and_error([run["score"] for run in runs])
+        kl, fluency = (fmean(run[what] for run in runs) for what in ("kl", "fluency"))
         well = sum(run["score"] >= 2.5 and run["fluency"] >= 0.85 for run in runs)
-        means = [f"{fmean(run[what] for run in runs):.2f}" for what in ("score", "kl", "fluency")]
-        print(f"| {change} | {' | '.join(means)} | {well} of {len(runs)} |")
+        cells = [change, str(len(runs)), f"{score:.2f} ± {error:.2f}", f"{kl:.2f}"]
+        cells += ["", ""] if math.isnan(fluency) else [f"{fluency:.2f}", f"{well} of {len(runs)}"]
+        print(f"| {' | '.join(cells)} |")
 
 
 def table(path: Path) -> None:
-    """Markdown, sorted by the mean over tasks of the difference over the whole run. Without defaults, only the ends."""
+    """Markdown, sorted by the mean over tasks of the difference over the whole run; with nothing to compare, the ends."""
     results = read(path)
-    if not any(change == "defaults" for _, change, _ in results):
+    changes = {change for _, change, _ in results}
+    if "defaults" not in changes or len(changes) == 1:
         return ends(results)
     names = list(dict.fromkeys(task for task, _, _ in results))
     lines = []

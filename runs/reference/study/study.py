@@ -4,13 +4,16 @@
     python runs/reference/study/study.py rates         # half an hour
     python runs/reference/study/study.py penalty       # 45 minutes
     python runs/reference/study/study.py baselines     # an hour
+    python runs/reference/study/study.py smollm2       # 40 minutes; its packages: see ../smollm2/smollm2.py
+    python runs/reference/study/study.py smollm2-rates # two hours
     python runs/reference/study/study.py details --seeds 20 21 --tasks ends --changes lam=0.5       # some of it
     python runs/reference/study/study.py details --table                                            # what was found
 
 details: from the defaults one change at a time, on three tasks, paired by seed: the same model, prompts and first
 replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo under several
 strengths of the KL penalty, and of the stop without a penalty. baselines: what a critic is worth beside the mean score
-of eight replies to the same prompt.
+of eight replies to the same prompt (trl_tasks.py adds TRL's PPO). smollm2: a real language model learns to be kind.
+smollm2-rates: six updates of it by learning rate and target-KL stop.
 
 Rows go to NAME.csv. A run that it holds is not repeated, so what was interrupted goes on; several may run at once on
 other seeds.
@@ -79,12 +82,19 @@ BASELINES = {
     "group mean": NO_CRITIC | EIGHT | dict(center=True),
     "group mean, critic too": EIGHT | dict(center=True),
 }
+SMOLLM2_RATES = {}  # times the task's
+for times in (0.1, 0.3, 1.0):
+    for kl in (1.0, 0.1):
+        SMOLLM2_RATES[f"rate x {times}, target KL {kl}"] = dict(learning_rate=times, target_kl=kl, num_updates=6)
+SMALL = ["demo", "sums", "ends"]
 # The tasks, the seeds (no setting was chosen on them) and the changes of each study.
 STUDIES = {
-    "details": (list(tasks.TASKS), range(20, 30), DETAILS),
+    "details": (SMALL, range(20, 30), DETAILS),
     "rates": (["demo"], range(40, 45), RATES),
     "penalty": (["demo"], range(60, 65), PENALTY),
-    "baselines": (list(tasks.TASKS), range(50, 60), BASELINES),
+    "baselines": (SMALL, range(50, 60), BASELINES),
+    "smollm2": (["smollm2"], range(11, 14), {"defaults": {}}),
+    "smollm2-rates": (["smollm2"], range(11, 16), SMOLLM2_RATES),
 }
 
 

@@ -1,11 +1,18 @@
-"""Three tasks for the studies in this folder, and how a run on one of them becomes rows of a CSV.
+"""Tasks for the studies in this folder, and how a run on one of them becomes rows of a CSV.
 
 demo: the demo of ppo_llm.py. The score counts kind words, a KL penalty guards the grammar.
 sums: chat prompts and a column with the answer. A small Llama has read sums of which three in five are wrong; the score
       is 1 for a right one. So the reward can be verified.
 ends: a GPT-2 of random weights writes 48 tokens. The first and the last of them count, the others are noise, and the
       score comes at the end: sparse, and half of the credit belongs far back.
+smollm2: a real language model, from a folder that ../smollm2/smollm2.py makes. The score is the sentiment of the text.
+
+    python runs/reference/study/tasks.py sums FOLDER --seed 20
+
+writes `sums` or `ends` as a folder with model and prompts, and prints the command that trains it: the run "defaults" of
+study.py, from files.
 """
+import argparse
 import contextlib
 import copy
 import csv
@@ -23,7 +30,15 @@ from statistics import fmean
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 import ppo_llm
@@ -116,7 +131,29 @@ def ends(seed: int) -> Task:
     return Task(model, tokenizer, prompts[64:], prompts[:64], [both_ends], settings)
 
 
-TASKS = {"demo": demo, "sums": sums, "ends": ends}
+def smollm2(seed: int) -> Task:
+    """The model is the same for every seed."""
+    sys.path.append(str(Path(__file__).parents[1] / "smollm2"))
+    from smollm2 import sentiment
+
+    folder = Path("SmolLM2")
+    if not folder.is_dir():
+        raise SystemExit(f"{folder}: no such folder, make it by runs/reference/smollm2/smollm2.py {folder}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts, held_out = ((folder / f"{name}.txt").read_text().splitlines() for name in ("openings", "held_out"))
+    settings = ppo_llm.Config(
+        num_updates=20,
+        batch_size=64,
+        response_length=16,
+        learning_rate=1e-4,
+        target_kl=0.1,
+        kl_coef=0.02,
+        dtype="bfloat16",
+    )
+    return Task(model, AutoTokenizer.from_pretrained(folder), prompts, held_out, [sentiment], settings)
+
+
+TASKS = {"demo": demo, "sums": sums, "ends": ends, "smollm2": smollm2}
 COLUMNS = "task change seed part update samples seconds score kl fluency explained_variance clipfrac".split()
 
 
@@ -149,15 +186,20 @@ def train(task: Task, seed: int, center: bool = False, **changes) -> list[dict]:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             model = copy.deepcopy(task.model)
             run = ppo_llm.train(cfg, task.prompts, rewards, model, task.tokenizer, task.held_out)
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return read_run(run, score, cfg.batch_size)
+
+
+def read_run(run: Path, score: str, batch_size: int) -> list[dict]:
+    """Rows of the run in this folder. score: the name of the reward function."""
     rows = []
-    for m in metrics:
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        m = json.loads(line)
         trained = "objective/scores" in m
         prefix = "" if trained else "eval/"
         rows.append({
             "part": "train" if trained else "held-out",
             "update": m["update"],
-            "samples": m["update"] * cfg.batch_size,
+            "samples": m["update"] * batch_size,
             "seconds": sum(x for key, x in m.items() if key.startswith("time/")) if trained else "",
             "score": m[f"{prefix}rewards/{score}"],
             "kl": m["objective/kl" if trained else "eval/kl"],
@@ -187,3 +229,28 @@ def append(path: Path, task: str, change: str, seed: int, rows: list[dict]) -> N
         writer.writerow({"task": task, "change": change, "seed": seed} | row)
     with open(path, "a") as file:
         file.write(text.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["sums", "ends"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=20)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    task = TASKS[args.task](args.seed)
+    task.model.save_pretrained(args.folder)
+    task.tokenizer.save_pretrained(args.folder)
+    for name, prompts in [("prompts", task.prompts), ("held_out", task.held_out)]:
+        rows = [json.dumps(ppo_llm.as_row(prompt)) + "\n" for prompt in prompts]
+        (args.folder / f"{name}.jsonl").write_text("".join(rows))
+    files = f"--prompts {args.folder}/prompts.jsonl --eval-prompts {args.folder}/held_out.jsonl"
+    print(f"python ppo_llm.py --model {args.folder} {files} --reward {__file__}:{task.rewards[0].__name__}", end="")
+    for name, value in vars(task.settings).items():
+        if value != getattr(ppo_llm.Config(), name):
+            print(f" --{name.replace('_', '-')} {value}", end="")
+    print(f" --seed {args.seed}")
+
+
+if __name__ == "__main__":
+    main()
