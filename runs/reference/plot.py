@@ -131,33 +131,36 @@ def draw_details(path: Path) -> Figure:
 
 
 def draw_penalty(path: Path) -> Figure:
-    """Score and fluency over KL as training goes on: above for each β, below for each target KL without a penalty."""
+    """Score and fluency over KL: above for each β, below for each target KL without a penalty.
+
+    Small dots: the updates of all seeds. Large ones: held-out replies at the end, mean and range of the seeds.
+    """
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["part"] == "train"]
+        rows = list(csv.DictReader(file))
     figure = Figure(figsize=(8.6, 6.4), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True)
+    panels = figure.subplots(2, 2, sharex=True, sharey="col")
     for line, (kind, symbol) in zip(panels, [("beta", "β"), ("target", "target")]):
         changes = {row["change"] for row in rows if row["change"].startswith(kind)}
         changes = sorted(changes, key=lambda change: float(change.split("=")[1]))
         for i, change in enumerate(changes):
-            color = matplotlib.colormaps["viridis"](0.15 + 0.75 * i / (len(changes) - 1))
-            runs = [row for row in rows if row["change"] == change]
-            updates = sorted({int(row["update"]) for row in runs})
+            color = matplotlib.colormaps["viridis"](0.25 + 0.6 * i / (len(changes) - 1))
+            updates = [row for row in rows if row["change"] == change and row["part"] == "train"]
+            ends = [row for row in rows if row["change"] == change and row["part"] == "held-out" and row["update"] != "0"]
+            kl = [float(row["kl"]) for row in ends]
             for axes, what in zip(line, ("score", "fluency")):
-                at = [[row for row in runs if int(row["update"]) == update] for update in updates]
-                kl = [statistics.fmean(float(row["kl"]) for row in seeds) for seeds in at]
-                mean = [statistics.fmean(float(row[what]) for row in seeds) for seeds in at]
-                lowest = [min(float(row[what]) for row in seeds) for seeds in at]
-                highest = [max(float(row[what]) for row in seeds) for seeds in at]
-                label = f"{symbol} {change.split('=')[1]}"
-                axes.plot(kl, mean, ".-", color=color, linewidth=1.5, markersize=4, label=label)
-                axes.fill_between(kl, lowest, highest, color=color, alpha=0.2, linewidth=0)
+                dots = [float(row["kl"]) for row in updates], [float(row[what]) for row in updates]
+                axes.plot(*dots, ".", color=color, alpha=0.5, markersize=4.5, markeredgewidth=0)
+                end = [float(row[what]) for row in ends]
+                x, y = statistics.fmean(kl), statistics.fmean(end)
+                xerr, yerr = [[x - min(kl)], [max(kl) - x]], [[y - min(end)], [max(end) - y]]
+                label = f"{symbol} = {change.split('=')[1]}"
+                axes.errorbar(x, y, yerr, xerr, "o", color=color, markersize=7, linewidth=1.5, label=label)
                 axes.set(ylabel=what, xscale="symlog")
                 axes.grid(True)
         line[1].legend(fontsize=8, frameon=False, loc="lower left")
     panels[0, 0].set_title("score, mean over replies")
     panels[0, 1].set_title("fluency, share of replies")
-    label = "KL to the reference, nats a reply; a dot an update; band: lowest to highest of the seeds"
+    label = "KL to the reference, nats a reply; small: an update; large: the end, mean and range of the seeds"
     figure.supxlabel(label, fontsize=10)
     return figure
 

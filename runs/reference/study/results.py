@@ -78,7 +78,7 @@ def ends(results: dict) -> None:
 
 
 def table(path: Path) -> None:
-    """Markdown, sorted by the mean over tasks of the difference over the whole run; with nothing to compare, the ends."""
+    """Markdown, sorted by the mean over tasks of the difference over the run; with nothing to compare, the ends."""
     results = read(path)
     changes = {change for _, change, _ in results}
     if "defaults" not in changes or len(changes) == 1:
