@@ -148,7 +148,7 @@ def gae(
     values: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float = 1.0,
     bootstrap: Tensor | None = None,  # [B]
 ) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16; PPO eq. 11-12), backwards in time:
@@ -211,7 +211,7 @@ def value_loss(
     values: Tensor,  # [B, T]
     returns: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
-    cliprange_value: float | None = 0.2,
+    cliprange_value: float | None = None,
     weights: Tensor | None = None,  # [B, T]
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
     """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
@@ -342,7 +342,7 @@ class Rollout:
             fields[name] = x.to(device)
         return Rollout(**fields)
 
-    def micro_batches(self, index: Tensor, size: int, device="cpu") -> list:
+    def groups(self, index: Tensor, size: int, device="cpu") -> list:
         """Cut the replies `index` into groups of at most `size` and of like length: little is computed for padding.
 
         Shortest first, a reply joins the last group unless the padding of that group would then cost more than one more
@@ -369,7 +369,7 @@ class Processes:
 
     def micro_batches(self, rollout: Rollout, index: Tensor, size: int, device) -> Iterator[tuple]:
         """This process's share of the replies `index`, cut into micro-batches: (their indices, the micro-batch)."""
-        for group in rollout.micro_batches(index, size, device):
+        for group in rollout.groups(index, size, device):
             yield group, rollout.select(group, device)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -1624,7 +1624,7 @@ class Torchrun(Processes):
 
         Every process knows the shares of all. One that has fewer makes up for it with batches of no valid token.
         """
-        shares = [rollout.micro_batches(index[rank :: self.count], size, device) for rank in range(self.count)]
+        shares = [rollout.groups(index[rank :: self.count], size, device) for rank in range(self.count)]
         groups = [group for group in shares[self.rank] if len(group) > 0]
         for group in groups:
             yield group, rollout.select(group, device)

@@ -357,7 +357,7 @@ def test_gae_at_its_ends(data, mask, gamma):
         assert error(returns_at_1[b, row], discounted_sums(r, gamma)) < 1e-10
     default, _ = P.gae(rewards, values, mask)
     nothing_after = torch.zeros(len(mask))
-    explicit, _ = P.gae(rewards, values, mask, 1.0, 0.95, nothing_after)
+    explicit, _ = P.gae(rewards, values, mask, P.PPOConfig.gamma, P.PPOConfig.lam, nothing_after)
     assert error(default, explicit) == 0
 
 
@@ -552,7 +552,7 @@ def test_value_loss_worked_by_hand():
     new = real([[1.0, 0.1, -1.0]]).requires_grad_()
     old = real([[0.0, 0.0, 0.0]])
     returns = real([[1.0, 1.0, 1.0]])
-    arguments = new, old, returns, new.isfinite()
+    arguments = new, old, returns, new.isfinite(), 0.2
     loss, _ = P.value_loss(*arguments)
     assert error(loss, 5.45 / 6) < 1e-12
     assert error(gradient(loss, new), [[0, -0.3, -2 / 3]]) < 1e-12
@@ -566,7 +566,7 @@ def test_a_value_inside_the_clip_range_is_not_clipped_in_float32():
     new = torch.tensor([[0.04]])
     old = torch.tensor([[-0.09]])
     returns = torch.tensor([[1.0]])
-    _, stats = P.value_loss(new, old, returns, new.isfinite())
+    _, stats = P.value_loss(new, old, returns, new.isfinite(), 0.2)
     assert stats["val/clipfrac"] == 0
 
 
@@ -599,7 +599,7 @@ def test_extreme_values_stay_finite():
 
     value = real([[1e6]])
     target = real([[1.0]])
-    loss, _ = P.value_loss(value, torch.zeros(1, 1), target, target.isfinite())
+    loss, _ = P.value_loss(value, torch.zeros(1, 1), target, target.isfinite(), 0.2)
     assert error(loss, (1e6 - 1) ** 2 / 2) < 1e-3
 
     x = real([[1e6, 1e6 + 1, 1e6 + 2]])
@@ -795,7 +795,7 @@ def test_select_trims_and_loses_nothing():
     """A micro-batch is cut to its longest prompt and reply; what is left of each reply is what it was."""
     _, _, rollout = experience()
     replies = list(each_reply(rollout))
-    for index in rollout.micro_batches(torch.arange(8), 3):
+    for index in rollout.groups(torch.arange(8), 3):
         part = rollout.select(index)
         mask = rollout.mask[index]
         assert part.queries.shape[1] == rollout.query_mask[index].sum(1).max()
@@ -818,7 +818,7 @@ def test_micro_batches_hold_replies_of_like_length(size):
     queries = torch.zeros(256, 3, dtype=torch.long)
     rollout = Rollout(queries, queries == 0, mask.long(), mask, mask.any(1), mask)
     index = torch.randperm(256, generator=random)[:200]
-    groups = rollout.micro_batches(index, size)
+    groups = rollout.groups(index, size)
     in_order = torch.cat(groups)
     assert sorted(in_order.tolist()) == sorted(index.tolist())
     assert (lengths[in_order].diff() >= 0).all()
@@ -838,7 +838,7 @@ def test_padding_that_costs_as_much_as_a_pass_is_the_most(device, affordable):
     for longer, groups in ((affordable, 1), (affordable + 1, 2)):
         mask = torch.arange(longer + 1) < torch.tensor([[1], [longer + 1]])
         rollout = Rollout(mask, mask[:, :1], mask.long(), mask, mask.any(1), mask)
-        assert len(rollout.micro_batches(torch.arange(2), 2, device)) == groups
+        assert len(rollout.groups(torch.arange(2), 2, device)) == groups
 
 
 # ------------------------------------------------------------------------------------- 3. the actor with its value head
