@@ -65,7 +65,14 @@ def planted(exhibit: str | None):
         yield
         return
     function, changes, *_ = museum.MUSEUM[exhibit]
-    with patch(f"ppo_llm.{function}", museum.edited(function, *itertools.chain(*changes.items()))):
+    wrong = museum.edited(function, *itertools.chain(*changes.items()))
+    if function == "Actor.logits":  # what is rounded already goes on in the type that other functions expect
+
+        def planted_function(actor, states):
+            return wrong(actor, states).to(actor.value_head.weight.dtype)
+    else:
+        planted_function = wrong
+    with patch(f"ppo_llm.{function}", planted_function):
         yield
 
 
@@ -121,12 +128,20 @@ def measure_biases() -> None:
 
 
 def table() -> None:
-    """Markdown: score, KL and fluency of each exhibit less those of its control, mean and standard error over seeds."""
-    results = defaultdict(dict)  # of a task and an exhibit: {seed: the held-out evaluation after}
+    """Markdown: score, KL and fluency of each exhibit at the end, mean of five updates, less those of its control.
+
+    Mean and standard error over seeds; how often the run failed, if it did.
+    """
+    updates = defaultdict(lambda: defaultdict(list))  # of a task and a trial: {seed: rows}
     with open(CSV, newline="") as file:
         for row in csv.DictReader(file):
-            if row["part"] == "held-out" and row["update"] != "0":
-                results[row["task"], row["change"]][row["seed"]] = row
+            rows = updates[row["task"], row["change"]][row["seed"]]
+            if row["part"] == "train":
+                rows.append(row)
+
+    def at_end(rows: list[dict], what: str) -> float:
+        return fmean(float(row[what]) for row in rows[-5:]) if rows else math.nan
+
     with open(BIAS, newline="") as file:
         biases = {row["exhibit"]: row for row in csv.DictReader(file)}
     print("| mistake | demo: score | KL | fluency | sums: score | KL | angle | length | moved: angle | length |")
@@ -134,19 +149,23 @@ def table() -> None:
     for exhibit, bias in biases.items():
         cells = [exhibit]
         for task, what in [("demo", "score"), ("demo", "kl"), ("demo", "fluency"), ("sums", "score"), ("sums", "kl")]:
-            wrong, right = results[task, exhibit], results[task, right_code_for(exhibit)]
-            differences = [float(wrong[seed][what]) - float(right[seed][what]) for seed in wrong if seed in right]
-            if len(differences) > 1:
-                error = stdev(differences) / math.sqrt(len(differences))
-                cells.append(f"{fmean(differences):+.2f} ± {error:.2f}")
+            wrong, right = updates[task, exhibit], updates[task, right_code_for(exhibit)]
+            differences = [at_end(wrong[seed], what) - at_end(right[seed], what) for seed in wrong if seed in right]
+            ran = [x for x in differences if not math.isnan(x)]
+            if len(ran) > 1:
+                cells.append(f"{fmean(ran):+.2f} ± {stdev(ran) / math.sqrt(len(ran)):.2f}")
             else:
                 cells.append("")
+            if len(ran) < len(differences):
+                cells[-1] += f" ({len(differences) - len(ran)} of {len(differences)} failed)"
         cells += [bias[name] for name in ("angle", "length", "angle_moved", "length_moved")]
         print(f"| {' | '.join(cells)} |")
-    for (task, name), runs in results.items():
-        if name.startswith(RIGHT):
-            for what in ("score", "kl", "fluency"):
-                print(task, name, what, round(fmean(float(run[what] or "nan") for run in runs.values()), 2))
+    for (task, name), runs in updates.items():
+        if name.startswith(RIGHT) and runs:
+            print(f"{task}, {name}, {len(runs)} seeds:", end="")
+            for what in ("score", "kl", "fluency") if task == "demo" else ("score", "kl"):
+                print(f" {what} {fmean(at_end(rows, what) for rows in runs.values()):.2f}", end="")
+            print()
 
 
 def main() -> None:
