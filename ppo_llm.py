@@ -20,8 +20,9 @@ One update, in six steps (`ppo` is the loop over them):
   2. Score: a function of yours gives each whole reply a number: scores [B].
   3. Log-probabilities and values: one forward pass of the policy gives both for every token of the replies. A frozen
      copy of the initial policy, the reference, gives its own log-probabilities (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is -β·KL, and the last token also gets the score. GAE turns rewards and values
-     into advantages and returns (`compute_advantages`).
+  4. Advantages: the reward of a token is -β·KL, and the last token also gets the score. A value is what the critic
+     expects of the rewards still to come, an advantage how much better a token did than that, a return what the critic
+     should have said. GAE makes advantages and returns of rewards and values (`compute_advantages`).
   5. Update: several epochs of minibatches on the clipped surrogate and the value loss (`ppo_update`).
   6. Metrics: what happened, over valid tokens only (`rollout_metrics`).
 
@@ -70,7 +71,7 @@ def response_mask(responses: Tensor, stop_ids: list[int]) -> Tensor:  # [B, T] -
 def masked_mean(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:  # [B, T], [B, T] -> []
     """Mean over the valid cells, 0 if there are none.
 
-    weights [B, T]: the weighted sum over the valid cells instead. The caller divides it by the tokens of a whole step.
+    weights [B, T]: the weighted sum over the valid cells instead, which `ppo_update` divides by the tokens of a step.
     """
     x = torch.where(mask, x, 0.0)
     if weights is not None:
@@ -311,7 +312,7 @@ class Rollout:
     logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
     ref_logprobs: Tensor = None  # [B, T] the same under the reference
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
-    values: Tensor = None  # [B, T] V_old of the state before each token: the baseline, at last in units of scores
+    values: Tensor = None  # [B, T] V_old of the state before each token, at first in the critic's units, then in scores
     final_values: Tensor = None  # [B] V_old of the state after the last token, likewise
     predictions: Tensor = None  # [B, T] old outputs of the critic, V(s) or Q(s, a), in its own units
     sampled_returns: Tensor = None  # [B, T] discounted sums of the rewards from this token on
@@ -349,10 +350,12 @@ class Rollout:
         pass over the model: about 128 tokens on a CPU, however short the pass is. For a GPU, 8192 is an estimate.
         """
         affordable = 128 if torch.device(device).type == "cpu" else 8192
-        lengths = (self.query_mask.sum(1) + self.mask.sum(1)).tolist()
+        prompts, replies = self.query_mask.sum(1), self.mask.sum(1)
+        lengths = prompts + replies
         groups = [[]]
-        for i in sorted(index.tolist(), key=lengths.__getitem__):
-            padding = sum(lengths[i] - lengths[j] for j in groups[-1])
+        for i in sorted(index.tolist(), key=lengths.tolist().__getitem__):
+            joined = [*groups[-1], i]
+            padding = (prompts[joined].max() + replies[joined].max() - lengths[joined]).sum()
             if len(groups[-1]) == size or padding > affordable:
                 groups.append([])
             groups[-1].append(i)
@@ -373,7 +376,7 @@ class Processes:
             yield group, rollout.select(group, device)
 
     def sum(self, x: Tensor) -> Tensor:
-        """x added up over the processes. It may be written over. Of the norm of sharded gradients: the whole norm."""
+        """x added up over the processes. It may be written over. Of a norm of its own shards, that of all shards."""
         return x
 
     def whole(self, actor: Actor):
@@ -400,8 +403,10 @@ class Actor(nn.Module):
         action_values: bool = False,
     ):
         super().__init__()
-        if lm.dtype.itemsize < 4:
-            raise ValueError(f"weights in {lm.dtype}: expected float32, for AdamW's small steps; call model.float()")
+        for model in (lm, critic or lm):
+            if model.dtype.itemsize < 4:
+                expected = "expected float32, for AdamW's small steps; call model.float()"
+                raise ValueError(f"weights in {model.dtype}: {expected}")
         self.dtype = dtype
         self.processes = Processes()
         self.action_values = action_values
@@ -505,7 +510,8 @@ class Actor(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # [b, T], [b, T + 1]
         """(predictions, values). Predictions are what the critic is trained on: V(s), or Q(s, a) of the token a.
 
-        Values are the baseline of every state: V(s), or Σ_a π(a|s)·Q(s, a), which only rollouts need: None in training.
+        Values are the baseline of every state: V(s), or Σ_a π(a|s)·Q(s, a), which is None in training: only
+        rollouts need it.
         """
         x = critic_states.to(self.value_head.weight.dtype)
         if not self.action_values:
@@ -516,9 +522,9 @@ class Actor(nn.Module):
         if torch.is_grad_enabled():
             return predictions, None
         values = []
-        policy_chunks = states.flatten(0, 1).split(self.tokens_at_once)  # [n, H] each
+        policy_chunks = states.flatten(0, 1).split(self.tokens_at_once)  # rows of [b·(T + 1), H]
         for policy_chunk, critic_chunk in zip(policy_chunks, x.flatten(0, 1).split(self.tokens_at_once)):
-            probabilities = (self.logits(policy_chunk) / temperature).softmax(1)  # [n, V]
+            probabilities = (self.logits(policy_chunk) / temperature).softmax(1)
             values.append((probabilities * self.value_head(critic_chunk)).sum(1))
         return predictions, torch.cat(values).view(states.shape[:2])
 
@@ -583,8 +589,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:  # [b, T], [b, T]
     """Token by token with the KV cache.
 
-    Every fourth token the host asks which replies have stopped, and drops them from the batch once a quarter have. To
-    ask after each token would make a GPU wait for the host.
+    Every fourth token the host asks which replies have stopped, and drops them from the batch once more than a quarter
+    have. To ask after each token would make a GPU wait for the host.
     """
     from transformers import DynamicCache
 
@@ -646,7 +652,7 @@ class State:
     """Where a run stands, besides weights and optimizer. No random generator is in it: each update seeds them anew."""
     kl_coef: float  # β, which an adaptive controller moves
     update: int = 0  # finished updates; so also the place in the learning-rate schedule and in the prompts
-    skipped: int = 0  # steps skipped in a row, as not finite, counted over the updates that took no step at all
+    skipped: int = 0  # steps that were not finite, in all updates since the last one that took a step
     step_size: float = 1.0  # share of the learning rate that target_kl leaves
     returns_mean: float = 0.0  # running mean of the returns of earlier updates
     returns_std: float = 0.0  # and their largest standard deviation: the units of the critic
@@ -672,7 +678,7 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
     _, rollout.sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)
     mean = state.returns_mean
     spread = rollout.sampled_returns[mask].double().std(correction=0)
-    std = max(state.returns_std, float(spread)) or 1.0  # this batch's counts at once: no huge target at first success
+    std = max(state.returns_std, float(spread)) or 1.0  # that of this batch too: no huge target at first success
     rollout.values = mean + std * rollout.values
     rollout.final_values = mean + std * rollout.final_values
     bootstrap = rollout.final_values.where(~rollout.ended, 0.0) if cfg.bootstrap_truncated else None
@@ -747,9 +753,9 @@ def ppo_update(
 ) -> dict[str, float]:
     """PPO, algorithm 1: several epochs of shuffled minibatches, an optimizer step each.
 
-    Returns metrics: means over the valid tokens of all steps, and counts of the steps. A step whose loss or gradient is
-    not finite is left out, with its metrics, and counted. A step that finds the policy beyond target_kl ends the update
-    and is not taken; its metrics are in the means.
+    Returns metrics: means over the valid tokens of all steps, or over steps, and counts of steps. A step whose loss or
+    gradient is not finite is left out, with its metrics, and counted. A step that finds the policy beyond target_kl
+    ends the update and is not taken; its metrics are in the means.
     """
     processes = actor.processes
     totals = defaultdict(float)  # sums over the tokens of all steps
@@ -770,7 +776,7 @@ def ppo_update(
         step = dict(zip(stats, processes.sum(sums).tolist()))  # every micro-batch has statistics of the same names
         if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
             actor.lm.zero_grad()
-        # Clipped apart: large errors of a critic's own parameters must not shrink the policy's step.
+        # Each group by itself: large errors of a critic's own parameters must not shrink the policy's step.
         groups = [group["params"] for group in optimizer.param_groups]
         norms = [processes.sum(nn.utils.clip_grad_norm_(group, cfg.max_grad_norm or math.inf)) for group in groups]
         finite = math.isfinite(sum(norms) + sum(step.values()))
@@ -824,7 +830,7 @@ def ppo(
         raise ValueError("batch_size: expected a multiple of num_mini_batches and of samples_per_prompt")
     while state.update < cfg.num_updates:
         seed_everything(cfg.seed, state.update)
-        rates = (cfg.learning_rate, cfg.critic_lr or cfg.learning_rate)
+        rates = (cfg.learning_rate, cfg.learning_rate if cfg.critic_lr is None else cfg.critic_lr)
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * schedule(state.update, cfg) * state.step_size
 
@@ -870,8 +876,8 @@ def ppo(
 
         state.update += 1
         state.skipped = state.skipped + stats["policy/skipped_steps"] if stats["policy/steps"] == 0 else 0
-        # Too large a learning rate makes the policy leap: an update that target_kl stops divides it by 1.5, and any
-        # other gives this back.
+        # Too large a learning rate makes the policy leap: an update that target_kl stops divides it by 1.5, any other
+        # multiplies it by 1.5, up to what was set.
         planned = cfg.num_ppo_epochs * cfg.num_mini_batches
         stopped = stats["policy/steps"] + stats["policy/skipped_steps"] < planned
         state.step_size = state.step_size / 1.5 if stopped else min(1.0, state.step_size * 1.5)
@@ -927,7 +933,8 @@ def rollout_metrics(
     penalty = reply_kl(rollout, cfg.kl_estimator) * (kl_coef if cfg.kl_in == "reward" else 0.0)
     returns = rollout.returns[mask]  # [N]
     residual = returns - rollout.predictions[mask]
-    explained = 1 - residual.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    floor = 1e-12  # where all returns are equal there is nothing to explain: 0
+    explained = 1 - (residual.var(correction=0) + floor) / (returns.var(correction=0) + floor)
     sampler_gap = rollout.logprobs - rollout.sampler_logprobs
     metrics = {
         "objective/scores": scores.mean(),

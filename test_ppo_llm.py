@@ -808,23 +808,26 @@ def test_select_trims_and_loses_nothing():
         assert torch.equal(part.final_values, rollout.final_values[index])
 
 
+@pytest.mark.parametrize("longest_prompt", [3, 64])
 @pytest.mark.parametrize("size", [256, 20])
-def test_micro_batches_hold_replies_of_like_length(size):
+def test_micro_batches_hold_replies_of_like_length(size, longest_prompt):
     """Sorted by length, of prompt and reply together. A group ends where it is full, or where the next reply would make
-    it pad more than 128 tokens (8192 on a GPU): so none pads more."""
+    it pad more than 128 tokens (8192 on a GPU), prompts on the left and replies on the right: so none pads more."""
     random = torch.Generator().manual_seed(0)
-    lengths = torch.empty(256).geometric_(1 / 8, generator=random).clamp(max=64).long()
-    mask = torch.arange(64) < lengths.unsqueeze(1)
-    queries = torch.zeros(256, 3, dtype=torch.long)
-    rollout = Rollout(queries, queries == 0, mask.long(), mask, mask.any(1), mask)
+    replies = torch.empty(256).geometric_(1 / 8, generator=random).clamp(max=64).long()
+    prompts = torch.randint(1, longest_prompt + 1, (256,), generator=random)
+    mask = torch.arange(64) < replies.unsqueeze(1)
+    query_mask = (torch.arange(longest_prompt) < prompts.unsqueeze(1)).flip(1)
+    rollout = Rollout(query_mask.long(), query_mask, mask.long(), mask, mask.any(1), mask)
     index = torch.randperm(256, generator=random)[:200]
     groups = rollout.groups(index, size)
     in_order = torch.cat(groups)
     assert sorted(in_order.tolist()) == sorted(index.tolist())
-    assert (lengths[in_order].diff() >= 0).all()
+    assert ((prompts + replies)[in_order].diff() >= 0).all()
 
     def padding(group):
-        return (lengths[group].max() - lengths[group]).sum()
+        part = rollout.select(group)
+        return (~part.query_mask).sum() + (~part.mask).sum()
 
     assert max(len(group) for group in groups) <= size
     assert max(padding(group) for group in groups) <= 128
@@ -969,8 +972,10 @@ def test_logits_are_not_rounded_to_bfloat16(dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_refused(dtype):
-    with pytest.raises(ValueError, match=f"weights in {dtype}: expected float32"):
-        P.Actor(tiny().to(dtype))
+    """Of the policy, and of a critic of its own."""
+    for models in ([tiny().to(dtype)], [tiny().float(), torch.float32, tiny().to(dtype)]):
+        with pytest.raises(ValueError, match=f"weights in {dtype}: expected float32"):
+            P.Actor(*models)
 
 
 def test_the_value_head_is_as_wide_as_what_it_reads():
@@ -1243,15 +1248,15 @@ def test_scores_in_other_units_change_no_step():
 
 
 def test_equal_returns_leave_the_explained_variance_finite():
-    """There is nothing to explain: 1 if the critic says them, and far below if it does not."""
-    for miss in (0.0, 1.0):
+    """There is nothing to explain: 0 if the critic is constant too, whatever it says, and far below if it is not."""
+    for offset, miss in ((0.0, 0.0), (3.0, 0.0), (0.0, 1.0)):
         _, _, rollout = experience()
         rollout.returns = torch.where(rollout.mask, 2.0, 0.0).double()
-        rollout.predictions = rollout.returns + miss * torch.rand(rollout.mask.shape, dtype=REAL)
+        rollout.predictions = rollout.returns + offset + miss * torch.rand(rollout.mask.shape, dtype=REAL)
         metrics = P.rollout_metrics(rollout, torch.zeros(8), {}, 0.1, settings_of())
         assert math.isfinite(metrics["val/explained_variance"])
         if miss == 0:
-            assert metrics["val/explained_variance"] == 1
+            assert metrics["val/explained_variance"] == 0
         else:
             assert metrics["val/explained_variance"] < -1e6
 
