@@ -24,7 +24,7 @@ import results
 
 GREY, BLUE = "#7a7a7a", "#2478e8"  # both can be read on a white page and on a dark one
 COLUMNS = 3
-LOWEST = -60  # percent, the end of the axis of draw_details
+LOWEST, HIGHEST = -60, 30  # percent, the ends of the axis of draw_details
 STYLE = {
     "font.sans-serif": ["DejaVu Sans"],  # it comes with matplotlib; a browser without it takes its own sans-serif
     "font.size": 10,
@@ -107,25 +107,26 @@ def draw(runs: list[dict[int, dict]]) -> Figure:
 
 
 def draw_details(path: Path) -> Figure:
-    """A panel a task, a row a change: its score over the run less that of the defaults, with 95% intervals."""
+    """A panel a task, a row a change: its score over the run less that of the defaults, and two standard errors."""
     found = results.read(path)
-    tasks = list(dict.fromkeys(task for task, _, _ in found))
+    tasks = [task for task in results.KL_LEVELS if any(task == name for name, _, _ in found)]
     changes = dict.fromkeys(change for _, change, _ in found if change != "defaults")
     differences = {change: [results.worth(found, task, change)["mean"] for task in tasks] for change in changes}
     order = sorted(changes, key=lambda change: statistics.fmean(mean for mean, _ in differences[change]))
     figure = Figure(figsize=(8.6, 0.8 + 0.2 * len(order)), layout="constrained")
     for i, (axes, task) in enumerate(zip(figure.subplots(1, len(tasks), sharey=True), tasks)):
         means, errors = zip(*(differences[change][i] for change in order))
-        shown = [max(mean, LOWEST) for mean in means]
-        intervals = [1.96 * error for error in errors]
-        axes.errorbar(shown, order, xerr=intervals, fmt="o", color=BLUE, markersize=4, linewidth=1)
-        for y, mean in enumerate(means):
-            if mean < LOWEST:
-                axes.annotate(f"← {mean:.0f}", (LOWEST, y), (4, 4), textcoords="offset points", fontsize=8)
+        inside = [LOWEST <= mean <= HIGHEST for mean in means]
+        shown = [mean if is_in else math.nan for mean, is_in in zip(means, inside)]
+        axes.errorbar(shown, order, xerr=[2 * error for error in errors], fmt="o", color=BLUE, markersize=4, linewidth=1)
+        for y, (mean, is_in) in enumerate(zip(means, inside)):
+            if not is_in:
+                text, x, side = (f"← {mean:.0f}", LOWEST, "left") if mean < 0 else (f"{mean:.0f} →", HIGHEST, "right")
+                axes.text(x, y, text, color=BLUE, fontsize=8, ha=side, va="center")
         axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set(title=task, xlim=(LOWEST - 5, 30), ylim=(-0.7, len(order) - 0.3))
+        axes.set(title=task, xlim=(LOWEST - 5, HIGHEST + 5), ylim=(-0.7, len(order) - 0.3))
         axes.grid(True)
-    label = "score over the run less that of the defaults, % of what they gain; bar: 95% interval"
+    label = "score over the run less that of the defaults, % of what they gain; bars: two standard errors"
     figure.supxlabel(label, fontsize=10)
     return figure
 

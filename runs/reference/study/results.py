@@ -83,7 +83,7 @@ def table(path: Path) -> None:
     changes = {change for _, change, _ in results}
     if "defaults" not in changes or len(changes) == 1:
         return ends(results)
-    names = list(dict.fromkeys(task for task, _, _ in results))
+    names = [task for task in KL_LEVELS if any(task == name for name, _, _ in results)]
     lines = []
     for change in dict.fromkeys(change for _, change, _ in results):
         found = {task: worth(results, task, change) for task in names}
