@@ -191,7 +191,7 @@ def main() -> None:
         raise SystemExit(f"{output}: expected a file in a folder that exists")
     matplotlib.rcParams.update(STYLE)
     figure = study(args.runs[0]) if study else draw([read_run(run) for run in args.runs])
-    figure.savefig(output, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(output, format="svg", transparent=True, metadata={"Date": None}, bbox_inches="tight")
     print(output)
 
 
