@@ -353,7 +353,7 @@ class Rollout:
         prompts, replies = self.query_mask.sum(1), self.mask.sum(1)
         lengths = prompts + replies
         groups = [[]]
-        for i in sorted(index.tolist(), key=lengths.tolist().__getitem__):
+        for i in index[lengths[index].argsort(stable=True)].tolist():
             joined = [*groups[-1], i]
             padding = (prompts[joined].max() + replies[joined].max() - lengths[joined]).sum()
             if len(groups[-1]) == size or padding > affordable:

@@ -1,6 +1,6 @@
 """Results of many runs: what each detail of PPO is worth, over-optimisation, and the critic against a group's mean.
 
-    python runs/reference/study/study.py details       # about 6 hours of one core
+    python runs/reference/study/study.py details       # about 3 hours of one core
     python runs/reference/study/study.py rates         # half an hour
     python runs/reference/study/study.py penalty       # 45 minutes
     python runs/reference/study/study.py baselines     # an hour
@@ -86,13 +86,12 @@ SMOLLM2_RATES = {}  # times the task's
 for times in (0.1, 0.3, 1.0):
     for kl in (1.0, 0.1):
         SMOLLM2_RATES[f"rate x {times}, target KL {kl}"] = dict(learning_rate=times, target_kl=kl, num_updates=6)
-SMALL = ["demo", "sums", "ends"]
 # The tasks, the seeds (no setting was chosen on them) and the changes of each study.
 STUDIES = {
-    "details": (SMALL, range(20, 30), DETAILS),
+    "details": (tasks.SMALL, range(20, 30), DETAILS),
     "rates": (["demo"], range(40, 45), RATES),
     "penalty": (["demo"], range(60, 65), PENALTY),
-    "baselines": (SMALL, range(50, 60), BASELINES),
+    "baselines": (tasks.SMALL, range(50, 60), BASELINES),
     "smollm2": (["smollm2"], range(11, 14), {"defaults": {}}),
     "smollm2-rates": (["smollm2"], range(11, 16), SMOLLM2_RATES),
 }

@@ -153,7 +153,8 @@ def smollm2(seed: int) -> Task:
     return Task(model, AutoTokenizer.from_pretrained(folder), prompts, held_out, [sentiment], settings)
 
 
-TASKS = {"demo": demo, "sums": sums, "ends": ends, "smollm2": smollm2}
+SMALL = {"demo": demo, "sums": sums, "ends": ends}
+TASKS = SMALL | {"smollm2": smollm2}
 COLUMNS = "task change seed part update samples seconds score kl fluency explained_variance clipfrac".split()
 
 

@@ -1,7 +1,7 @@
 """TRL's PPOTrainer on the tasks of this folder: rows "TRL" of baselines.csv, beside those of study.py.
 
     python -m venv trl-venv && trl-venv/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 tyro
-    trl-venv/bin/python runs/reference/study/trl_tasks.py        # 40 minutes of one core
+    trl-venv/bin/python runs/reference/study/trl_tasks.py        # half an hour of one core
 
 Model, prompts, rewards, learning rate, KL penalty and batch are the task's. All else is as TRL has it: a critic of its
 own, here from the policy's weights, λ = 0.95 and a value clip. Rewards and held-out evaluations are by ppo_llm.
@@ -26,7 +26,6 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 import ppo_llm
 
-SMALL = ["demo", "sums", "ends"]
 CSV = Path(__file__).with_name("baselines.csv")
 
 
@@ -142,7 +141,7 @@ def train(name: str, seed: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=SMALL, choices=SMALL)
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.SMALL), choices=tasks.SMALL)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(50, 60))
     args = parser.parse_args()
     torch.set_num_threads(1)
