@@ -1664,6 +1664,9 @@ def start_processes() -> Processes:
         return Processes()
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # A thread of gloo may still hold a tensor. Before Python 3.14, dropping it while Python ends aborts the process
+        # (pytorch/pytorch#190489), and destroying the group does not wait for the thread: it gets a second.
+        atexit.register(time.sleep, 1)
         atexit.register(dist.destroy_process_group)
     return Torchrun()
 

@@ -6,6 +6,7 @@ out by hand. Errors are largest absolute differences.
 """
 
 import ast
+import atexit
 import dataclasses
 import functools
 import itertools
@@ -3305,6 +3306,35 @@ def test_a_run_goes_on_with_another_number_of_processes(two, three, finished, tm
     assert resume(tmp_path / "run") == 0
     assert_alike(tmp_path / "run", finished)
     assert_alike(three / "begun alone", finished)
+
+
+def starve(files, folder):
+    """Use the process group as a run does, and end while its threads, on a busy core, get no time."""
+    from torch.distributed.fsdp import fully_shard
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    processes = P.start_processes()
+    atexit.register(torch.distributed.barrier)
+    model = torch.nn.Linear(1, 1)
+    fully_shard(model)
+    model(torch.ones(1, 1)).sum().backward()
+    torch.optim.AdamW(model.parameters()).step()
+    for thread in map(int, os.listdir("/proc/self/task")):
+        if "gloo_runloop" in Path(f"/proc/self/task/{thread}/comm").read_text():
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    for _ in range(20):
+        P.gather(processes, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets the scheduling of threads")
+def test_processes_end_well_though_their_threads_lag(files, tmp_path):
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    os.sched_setaffinity(busy.pid, {min(os.sched_getaffinity(0))})
+    try:
+        launch(2, starve, files, tmp_path)
+    finally:
+        busy.kill()
 
 
 FRAGILE_ON_ONE = """
