@@ -1816,7 +1816,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(changes):
         next(updates(*learner(), settings_of(**changes)))
 
 
-@pytest.mark.parametrize("critic_lr, ratio", [(3e-2, 3), (None, 1)])
+@pytest.mark.parametrize("critic_lr, ratio", [(3e-2, 3), (0.0, 0), (None, 1)])
 def test_learning_rates_reach_the_optimizer(critic_lr, ratio):
     """Policy and critic have learning rates of their own, on one schedule: warm-up of one update, then the linear
     decay."""
