@@ -53,8 +53,8 @@ from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The mathematics: pure functions of tensors. Each can be copied out alone.
-#    A mask is boolean, True on valid tokens. Masked cells may hold anything, even NaN, and change nothing: torch.where
-#    drops what they hold, where a multiplication by 0 would keep NaN.
+#    A mask is boolean, True on valid tokens. Where a function takes one, masked cells may hold anything, even NaN, and
+#    change nothing: torch.where drops what they hold, where a multiplication by 0 would keep NaN.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +83,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  
     """Scale the valid cells to variance 1 and, if shift_mean, shift them to mean 0. Masked cells become 0.
 
     The variance is the population's; the 1e-8 under the root keeps one cell, or equal cells, from giving NaN.
-    shift_mean=False keeps the mean, as OpenAI's lm-human-preferences does for rewards (their sign carries meaning).
+    shift_mean=False adds the mean again, as OpenAI's lm-human-preferences does with rewards.
     """
     mean = masked_mean(x, mask)
     centered = torch.where(mask, x - mean, 0.0)
@@ -130,8 +130,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
     """The next β of the proportional controller of Ziegler et al. 2019, section 2.2: up when KL is above its target.
 
-    kl and target are in nats a reply. The relative error is clipped to ±0.2, so that `horizon` episodes spent far from
-    the target change β by about a fifth.
+    kl and target are in nats per reply. The relative error is clipped to ±0.2, so that `horizon` episodes spent far
+    from the target change β by about a fifth.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
@@ -184,6 +184,9 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
+    A is the advantage. A token whose ρ has left 1 ± ε in the direction that A asks for has no gradient any more; one
+    that has left it in the other direction keeps its gradient.
+
     cliprange_high: upper ε, if it differs from the lower (clip-higher, DAPO, arXiv 2503.14476).
     dual_clip: c > 1 bounds the objective from below at cA where A < 0, however large ρ is (arXiv 1912.09729).
     weights: those of `masked_mean`.
@@ -198,7 +201,7 @@ def policy_loss(
     if dual_clip is not None:  # where A > 0 the bound is 0, and the surrogate is above it anyway
         surrogate = torch.maximum(surrogate, dual_clip * advantages.clamp(max=0))
     with torch.no_grad():
-        old_new_kl = kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3")
+        old_new_kl = kl_estimate(logprobs, new_logprobs, "k3")
         stats = {
             "policy/approxkl": masked_mean(old_new_kl, mask),
             "policy/clipfrac": masked_mean((clipped < unclipped).to(ratio.dtype), mask),
@@ -220,13 +223,14 @@ def value_loss(
     The clip is not in the PPO paper; it is that of openai/baselines (ppo2). weights: those of `masked_mean`.
     stats: the share of tokens where the clip binds.
     """
-    error = clipped_error = torch.where(mask, new_values - returns, 0.0) ** 2
+    error = torch.where(mask, new_values - returns, 0.0) ** 2
+    larger_error = error
     if cliprange_value is not None:
         clipped = new_values.clamp(values - cliprange_value, values + cliprange_value)
-        clipped_error = torch.where(mask, clipped - returns, 0.0) ** 2
+        larger_error = torch.maximum(error, torch.where(mask, clipped - returns, 0.0) ** 2)
     with torch.no_grad():
-        stats = {"val/clipfrac": masked_mean((clipped_error > error).to(error.dtype), mask)}
-    return 0.5 * masked_mean(torch.maximum(error, clipped_error), mask, weights), stats
+        stats = {"val/clipfrac": masked_mean((larger_error > error).to(error.dtype), mask)}
+    return 0.5 * masked_mean(larger_error, mask, weights), stats
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,7 +243,7 @@ class PPOConfig:
     """What Part I reads. Names are those of TRL's PPOConfig where the thing is the same."""
     # Rollout.
     num_updates: int = 100  # updates in all; an update is a batch of replies and the PPO epochs on it
-    batch_size: int = 128  # replies an update, B
+    batch_size: int = 128  # replies per update, B
     samples_per_prompt: int = 1  # replies to each prompt of an update
     response_length: int = 64  # longest reply, in tokens, T
     temperature: float = 1.0  # of the policy, in sampling and in every log-probability
@@ -251,7 +255,7 @@ class PPOConfig:
     kl_coef: float = 0.05  # β, weight of the KL to the initial model, score units per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = d, k2 = d²/2, k3 = e^-d - 1 + d, where d = log π - log π_ref
     kl_in: Literal["reward", "loss"] = "reward"  # where β·KL goes: off the reward of each token, or into the loss
-    kl_target: float | None = None  # KL, nats a reply, that an adaptive β aims at; None: β is fixed
+    kl_target: float | None = None  # KL, nats per reply, that an adaptive β aims at; None: β is fixed
     kl_horizon: float = 10000.0  # episodes over which the adaptive β moves by about a fifth
 
     # Advantages.
@@ -264,7 +268,7 @@ class PPOConfig:
 
     # Update.
     num_ppo_epochs: int = 4  # passes over each batch
-    num_mini_batches: int = 4  # optimizer steps a pass
+    num_mini_batches: int = 4  # optimizer steps per pass
     micro_batch_size: int | None = None  # most replies trained on at a time; changes no gradient; None: a minibatch
     learning_rate: float = 1e-5  # of AdamW, at its highest
     critic_lr: float | None = None  # learning rate of what only the critic uses; None: the policy's
@@ -278,7 +282,7 @@ class PPOConfig:
     vf_coef: float = 0.3  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"  # what has equal weight, see token_weights
-    target_kl: float | None = 1.0  # KL(old ‖ new), nats a token, that ends an update and shrinks later steps; None: off
+    target_kl: float | None = 1.0  # KL(old ‖ new), nats per token, that ends an update and shrinks the next; None: off
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
     @property
@@ -315,7 +319,6 @@ class Rollout:
     values: Tensor = None  # [B, T] V_old of the state before each token, at first in the critic's units, then in scores
     final_values: Tensor = None  # [B] V_old of the state after the last token, likewise
     predictions: Tensor = None  # [B, T] old outputs of the critic, V(s) or Q(s, a), in its own units
-    sampled_returns: Tensor = None  # [B, T] discounted sums of the rewards from this token on
     advantages: Tensor = None  # [B, T]
     returns: Tensor = None  # [B, T] what the critic should have said, in its units
     token_weights: Tensor = None  # [B, T] weight of each token in the losses
@@ -466,30 +469,38 @@ class Actor(nn.Module):
         attention = F.pad(batch.query_mask, (0, batch.mask.shape[1]), value=True)
         return self.trunk(base, ids, attention)[:, batch.queries.shape[1] - 1 :]
 
-    def forward(self, batch: Rollout, temperature: float):
+    def forward(self, batch: Rollout, temperature: float, with_entropy: bool = True):
         """(logprobs, entropy, predictions, values): [b, T] each, values [b, T + 1], see `Rollout` and `critic`.
 
         The old and the new log-probabilities both come from here: so the first ratio is 1.
         """
         states = self.states(self.lm.base_model, batch)
-        logprobs, entropy = self.logprobs(states[:, :-1], batch, temperature)
+        logprobs, entropy = self.logprobs(states[:, :-1], batch, temperature, with_entropy)
         critic_states = states
         if self.critic_trunk is not None:
             critic_states = self.states(self.critic_trunk, batch)
         predictions, values = self.critic(critic_states, states, batch, temperature)
         return logprobs, entropy, predictions, values
 
-    def logprobs(self, states: Tensor, batch: Rollout, temperature: float) -> tuple[Tensor, Tensor]:  # [b, T, H]
-        """log π of the response tokens and the entropy of π before each: [b, T] both, 0 where the mask is False.
+    def logprobs(
+        self,
+        states: Tensor,  # [b, T, H]
+        batch: Rollout,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:  # [b, T], [b, T]
+        """log π of the response tokens and the entropy of π before each, both 0 where the mask is False.
 
-        Logits are computed for valid tokens only, in chunks. If there are several, the backward pass computes each
-        anew: memory holds the logits of one chunk, never [b, T, V].
+        The entropy is 0 where nobody asks for it: it costs about as much as the rest of the head. Logits are computed
+        for valid tokens only, in chunks. If there are several, the backward pass computes each anew: memory holds the
+        logits of one chunk, never [b, T, V].
         """
 
         def head(states, tokens):  # [n, H], [n] -> [2, n]
             logits = self.logits(states)
             logprobs = logprobs_from_logits(logits, tokens, temperature)
-            return torch.stack([logprobs, entropy_from_logits(logits, temperature)])
+            entropy = entropy_from_logits(logits, temperature) if with_entropy else torch.zeros_like(logprobs)
+            return torch.stack([logprobs, entropy])
 
         states = states.flatten(0, 1)[batch.valid].split(self.tokens_at_once)  # [n, H] each
         tokens = batch.responses.flatten()[batch.valid].split(self.tokens_at_once)  # [n] each
@@ -564,7 +575,7 @@ def generate(
     """Sample a reply to each prompt from the whole distribution: (responses, their log π), 0 after the end of a reply.
 
     The token is the first whose cumulative probability exceeds a uniform random number. argmax(p / exponential) would
-    be shorter, but one number a token can be drawn for all replies beforehand: so, up to rounding, a reply depends
+    be shorter, but one number per token can be drawn for all replies beforehand: so, up to rounding, a reply depends
     neither on its group nor on the device. Eight micro-batches are decoded together, as no activations are kept.
     """
     uniform = torch.rand(len(queries), cfg.response_length, dtype=torch.float64)
@@ -637,7 +648,7 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor, rollout: Rollout, cfg: PP
     processes = actor.processes
     for index, batch in processes.micro_batches(rollout, torch.arange(B), cfg.replies_at_once, actor.device):
         logprobs, entropy, predictions, values = actor(batch, cfg.temperature)
-        ref_logprobs = ref(batch, cfg.temperature)[0]
+        ref_logprobs = ref(batch, cfg.temperature, with_entropy=False)[0]
         results = torch.stack([logprobs, entropy, ref_logprobs, values[:, :-1], predictions])
         filled[:, index, : results.shape[2]] = results.cpu()
         lengths = batch.mask.sum(1, keepdim=True)
@@ -664,7 +675,8 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
     The critic has the units of its task: V = mean + std·output, by a running mean of the returns and their largest
     standard deviation (after PopArt, arXiv 1809.04474, but outputs are not corrected when these move). So vf_coef and a
     clip mean the same for scores of 0.01 and of 100. The mean is that of earlier updates: a reply must not shift its
-    own baseline.
+    own baseline. The deviation never shrinks: a policy that has learned gives returns that hardly differ, and in units
+    as small as that a small change would be a huge error, and shake the trunk that critic and policy share.
     """
     mask = rollout.mask
     if cfg.score_clip is not None:
@@ -675,10 +687,12 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
     rewards = token_rewards(scores, kl, mask, state.kl_coef if cfg.kl_in == "reward" else 0.0)
     if cfg.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
-    _, rollout.sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)
+    _, sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)  # Σ of rewards still to come
+    returns_std, returns_mean = map(float, torch.std_mean(sampled_returns[mask].double(), correction=0))
     mean = state.returns_mean
-    spread = rollout.sampled_returns[mask].double().std(correction=0)
-    std = max(state.returns_std, float(spread)) or 1.0  # that of this batch too: no huge target at first success
+    # The deviation of this batch too, and its distance from the mean: no target is huge at the first success, or where
+    # all replies score alike.
+    std = max(state.returns_std, returns_std, abs(returns_mean - mean)) or 1.0
     rollout.values = mean + std * rollout.values
     rollout.final_values = mean + std * rollout.final_values
     bootstrap = rollout.final_values.where(~rollout.ended, 0.0) if cfg.bootstrap_truncated else None
@@ -687,17 +701,8 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
         _, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.critic_lam, bootstrap)
     rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages
     rollout.returns = torch.where(mask, (returns - mean) / std, 0.0)
-
-
-def update_critic_units(rollout: Rollout, state: State, rate: float = 0.2) -> None:
-    """Move the critic's units to the returns of this update: the mean a fifth of the way, the deviation only up.
-
-    A policy that has learned gives returns that hardly differ. In units as small as that, a small change of the returns
-    would be a huge error, and shake the trunk that critic and policy share.
-    """
-    returns = rollout.sampled_returns[rollout.mask].double()
-    state.returns_mean += rate * (float(returns.mean()) - state.returns_mean)
-    state.returns_std = max(state.returns_std, float(returns.std(correction=0)))
+    state.returns_mean += 0.2 * (returns_mean - mean)
+    state.returns_std = max(state.returns_std, returns_std)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -711,14 +716,14 @@ def ppo_loss(
     kl_coef: float,
     cfg: PPOConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
-    """PPO eq. 9, negated: policy loss + c1 value loss - c2 entropy (+ β KL, PPO eq. 8, with kl_in = loss).
+    """PPO eq. 9, negated: policy loss + c1 value loss - c2 entropy, + β KL with kl_in = loss (arXiv 2402.03300, eq. 3).
 
     Loss and statistics are sums over the tokens of the micro-batch; in the losses each token has its weight. Added up
     over a step and divided by its number of tokens, they are the same however the step is cut into micro-batches.
     """
     mask = batch.mask
     weights = batch.token_weights
-    new_logprobs, entropy, predictions, _ = actor(batch, cfg.temperature)
+    new_logprobs, entropy, predictions, _ = actor(batch, cfg.temperature, with_entropy=cfg.ent_coef != 0)
     clips = (cfg.cliprange, cfg.cliprange_high, cfg.dual_clip)
     pg_loss, pg_stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, *clips, weights)
     vf_loss, vf_stats = value_loss(predictions, batch.predictions, batch.returns, mask, cfg.cliprange_value, weights)
@@ -824,10 +829,15 @@ def ppo(
     state: where to begin, State(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written then.
     A sample is (prompt, token ids of the reply, score, KL in nats).
 
-    Raises ValueError for batches that cannot be divided, FloatingPointError once the policy's probabilities are NaN.
+    Raises ValueError for settings that do not fit and for scores that are not finite, FloatingPointError once the
+    policy's probabilities are NaN.
     """
     if cfg.batch_size % cfg.num_mini_batches or cfg.batch_size % cfg.samples_per_prompt:
         raise ValueError("batch_size: expected a multiple of num_mini_batches and of samples_per_prompt")
+    if cfg.kl_in == "loss" and cfg.kl_estimator == "k1":
+        raise ValueError("kl_estimator: expected k2 or k3 with kl_in = loss, where k1 has no gradient on average")
+    if cfg.critic_lr is not None and len(optimizer.param_groups) != 2:
+        raise ValueError("optimizer: expected two groups of parameters, policy and critic, with critic_lr")
     while state.update < cfg.num_updates:
         seed_everything(cfg.seed, state.update)
         rates = (cfg.learning_rate, cfg.learning_rate if cfg.critic_lr is None else cfg.critic_lr)
@@ -845,6 +855,8 @@ def ppo(
         # 2. Score each whole reply.
         replies = rollout.replies()
         scores, parts = score(batch, replies)
+        if not scores.isfinite().all():
+            raise ValueError(f"score: expected finite numbers, got {scores.tolist()}")
         scored = time.perf_counter()
 
         # 3. Log-probabilities and values of every token.
@@ -881,8 +893,6 @@ def ppo(
         planned = cfg.num_ppo_epochs * cfg.num_mini_batches
         stopped = stats["policy/steps"] + stats["policy/skipped_steps"] < planned
         state.step_size = state.step_size / 1.5 if stopped else min(1.0, state.step_size * 1.5)
-        if stats["policy/skipped_steps"] == 0:  # else returns may be huge, or not finite
-            update_critic_units(rollout, state)
         if cfg.kl_target is not None and not critic_only:  # in warm-up KL is 0
             state.kl_coef = adaptive_kl_coef(
                 state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
@@ -898,8 +908,8 @@ def seed_everything(*parts: int) -> None:
 
 
 def schedule(update: int, cfg: PPOConfig) -> float:
-    """Share of the learning rate in update `update`, counted from 0: linear warm-up, then the decay."""
-    done = update / cfg.num_updates
+    """Share of the learning rate in update `update`, counted from 0: linear warm-up, then the decay over the rest."""
+    done = max(0, update - cfg.warmup_updates) / max(1, cfg.num_updates - cfg.warmup_updates)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     warmup = min(1.0, (update + 1) / (cfg.warmup_updates + 1))
     return warmup * decay[cfg.lr_scheduler_type]
@@ -2010,9 +2020,9 @@ def report(run: Path, seconds: dict[str, float], device: torch.device) -> None:
             cells = [f"{row[name]:.2f} ± {row[name + '_se']:.2f}" for row in (before, after)]
             print(f"  {name.removeprefix('eval/'):32}  {cells[0]:>16}  {cells[1]:>16}")
     print("\nLearning curves")
-    for label, name in (("score", "objective/scores"), ("KL, nats a reply", "objective/kl")):
+    for label, name in (("score", "objective/scores"), ("KL, nats per reply", "objective/kl")):
         ys = [row[name] for row in history]
-        print(f"  {label:18}{sparkline(ys)}  {ys[0]:.2f} → {ys[-1]:.2f}")
+        print(f"  {label:20}{sparkline(ys)}  {ys[0]:.2f} → {ys[-1]:.2f}")
     phases = ", ".join(f"{name} {x:.1f}" for name, x in seconds.items())
     rollout = statistics.median(row["perf/rollout_tokens_per_second"] for row in history)
     update = statistics.median(row["perf/update_tokens_per_second"] for row in history)
@@ -2067,7 +2077,7 @@ def evaluate_held_out(task: Task, cfg: Config, update: int) -> tuple[dict[str, f
 
 
 def add_speeds(metrics: dict[str, float], cfg: Config) -> None:
-    """Add tokens a second to the metrics of an update."""
+    """Add tokens per second to the metrics of an update."""
     replied = metrics["reply/length"] * cfg.batch_size  # tokens
     trained = replied + metrics["prompt/length"] * cfg.batch_size
     epochs = metrics["policy/steps"] / cfg.num_mini_batches
