@@ -88,7 +88,7 @@ def draw(runs: list[dict[int, dict]]) -> Figure:
     if len(updates) < 2:
         raise SystemExit(f"{len(updates)} updates that all runs have: expected 2 or more")
     panels = [("objective/scores", "score", "mean over replies")]
-    panels.append(("objective/kl", "KL to the reference", "nats a reply"))
+    panels.append(("objective/kl", "KL to the reference", "nats per reply"))
     for name in other_rewards([run[update] for run in runs for update in updates]):
         panels.append((name, name.removeprefix("rewards/"), "mean over replies"))
 
@@ -150,7 +150,7 @@ def draw_penalty(path: Path) -> Figure:
             kl = [float(row["kl"]) for row in ends]
             for axes, what in zip(line, ("score", "fluency")):
                 dots = [float(row["kl"]) for row in updates], [float(row[what]) for row in updates]
-                axes.plot(*dots, ".", color=color, alpha=0.5, markersize=4.5, markeredgewidth=0)
+                axes.plot(*dots, ".", color=color, alpha=0.5, markersize=4.5, markeredgewidth=0, rasterized=True)
                 end = [float(row[what]) for row in ends]
                 x, y = statistics.fmean(kl), statistics.fmean(end)
                 xerr, yerr = [[x - min(kl)], [max(kl) - x]], [[y - min(end)], [max(end) - y]]
@@ -161,7 +161,7 @@ def draw_penalty(path: Path) -> Figure:
         line[1].legend(fontsize=8, frameon=False, loc="lower left")
     panels[0, 0].set_title("score, mean over replies")
     panels[0, 1].set_title("fluency, share of replies")
-    label = "KL to the reference, nats a reply; small: an update; large: the end, mean and range of the seeds"
+    label = "KL to the reference, nats per reply; small: an update; large: the end, mean and range of the seeds"
     figure.supxlabel(label, fontsize=10)
     return figure
 
@@ -191,7 +191,7 @@ def main() -> None:
         raise SystemExit(f"{output}: expected a file in a folder that exists")
     matplotlib.rcParams.update(STYLE)
     figure = study(args.runs[0]) if study else draw([read_run(run) for run in args.runs])
-    figure.savefig(output, format="svg", transparent=True, metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(output, format="svg", dpi=200, transparent=True, metadata={"Date": None}, bbox_inches="tight")
     print(output)
 
 
