@@ -319,6 +319,7 @@ class Rollout:
     values: Tensor = None  # [B, T] V_old of the state before each token, at first in the critic's units, then in scores
     final_values: Tensor = None  # [B] V_old of the state after the last token, likewise
     predictions: Tensor = None  # [B, T] old outputs of the critic, V(s) or Q(s, a), in its own units
+    sampled_returns: Tensor = None  # [B, T] discounted sums of the rewards from this token on
     advantages: Tensor = None  # [B, T]
     returns: Tensor = None  # [B, T] what the critic should have said, in its units
     token_weights: Tensor = None  # [B, T] weight of each token in the losses
@@ -675,8 +676,7 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
     The critic has the units of its task: V = mean + std·output, by a running mean of the returns and their largest
     standard deviation (after PopArt, arXiv 1809.04474, but outputs are not corrected when these move). So vf_coef and a
     clip mean the same for scores of 0.01 and of 100. The mean is that of earlier updates: a reply must not shift its
-    own baseline. The deviation never shrinks: a policy that has learned gives returns that hardly differ, and in units
-    as small as that a small change would be a huge error, and shake the trunk that critic and policy share.
+    own baseline.
     """
     mask = rollout.mask
     if cfg.score_clip is not None:
@@ -687,12 +687,10 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
     rewards = token_rewards(scores, kl, mask, state.kl_coef if cfg.kl_in == "reward" else 0.0)
     if cfg.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
-    _, sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)  # Σ of rewards still to come
-    returns_std, returns_mean = map(float, torch.std_mean(sampled_returns[mask].double(), correction=0))
+    _, rollout.sampled_returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, lam=1.0)
     mean = state.returns_mean
-    # The deviation of this batch too, and its distance from the mean: no target is huge at the first success, or where
-    # all replies score alike.
-    std = max(state.returns_std, returns_std, abs(returns_mean - mean)) or 1.0
+    spread = rollout.sampled_returns[mask].double().std(correction=0)
+    std = max(state.returns_std, float(spread)) or 1.0  # that of this batch too: no huge target at first success
     rollout.values = mean + std * rollout.values
     rollout.final_values = mean + std * rollout.final_values
     bootstrap = rollout.final_values.where(~rollout.ended, 0.0) if cfg.bootstrap_truncated else None
@@ -701,8 +699,17 @@ def compute_advantages(rollout: Rollout, scores: Tensor, state: State, cfg: PPOC
         _, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.critic_lam, bootstrap)
     rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages
     rollout.returns = torch.where(mask, (returns - mean) / std, 0.0)
-    state.returns_mean += 0.2 * (returns_mean - mean)
-    state.returns_std = max(state.returns_std, returns_std)
+
+
+def update_critic_units(rollout: Rollout, state: State, rate: float = 0.2) -> None:
+    """Move the critic's units to the returns of this update: the mean a fifth of the way, the deviation only up.
+
+    A policy that has learned gives returns that hardly differ. In units as small as that, a small change of the returns
+    would be a huge error, and shake the trunk that critic and policy share.
+    """
+    returns = rollout.sampled_returns[rollout.mask].double()
+    state.returns_mean += rate * (float(returns.mean()) - state.returns_mean)
+    state.returns_std = max(state.returns_std, float(returns.std(correction=0)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -893,6 +900,8 @@ def ppo(
         planned = cfg.num_ppo_epochs * cfg.num_mini_batches
         stopped = stats["policy/steps"] + stats["policy/skipped_steps"] < planned
         state.step_size = state.step_size / 1.5 if stopped else min(1.0, state.step_size * 1.5)
+        if stats["policy/skipped_steps"] == 0:  # else returns may be huge, or not finite
+            update_critic_units(rollout, state)
         if cfg.kl_target is not None and not critic_only:  # in warm-up KL is 0
             state.kl_coef = adaptive_kl_coef(
                 state.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
