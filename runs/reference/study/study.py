@@ -92,7 +92,7 @@ STUDIES = {
     "rates": (["demo"], range(40, 45), RATES),
     "penalty": (["demo"], range(60, 65), PENALTY),
     "baselines": (tasks.SMALL, range(50, 60), BASELINES),
-    "smollm2": (["smollm2"], range(11, 14), {"defaults": {}}),
+    "smollm2": (["smollm2"], range(21, 24), {"defaults": {}}),
     "smollm2-rates": (["smollm2"], range(11, 16), SMOLLM2_RATES),
 }
 
