@@ -351,7 +351,8 @@ class Rollout:
         """Cut the replies `index` into groups of at most `size` and of like length: little is computed for padding.
 
         Shortest first, a reply joins the last group unless the padding of that group would then cost more than one more
-        pass over the model: about 128 tokens on a CPU, however short the pass is. For a GPU, 8192 is an estimate.
+        pass over the model. As measured, a pass costs 128 tokens on a CPU, however short it is. For a GPU, 8192 is an
+        estimate.
         """
         affordable = 128 if torch.device(device).type == "cpu" else 8192
         prompts, replies = self.query_mask.sum(1), self.mask.sum(1)
@@ -380,7 +381,8 @@ class Processes:
             yield group, rollout.select(group, device)
 
     def sum(self, x: Tensor) -> Tensor:
-        """x added up over the processes. It may be written over. Of a norm of its own shards, that of all shards."""
+        """x added up over the processes; x may be overwritten. If x is the norm of this process's shards of the
+        gradient, the result is the norm of the whole gradient."""
         return x
 
     def whole(self, actor: Actor):
@@ -731,8 +733,9 @@ def ppo_loss(
     mask = batch.mask
     weights = batch.token_weights
     new_logprobs, entropy, predictions, _ = actor(batch, cfg.temperature, with_entropy=cfg.ent_coef != 0)
-    clips = (cfg.cliprange, cfg.cliprange_high, cfg.dual_clip)
-    pg_loss, pg_stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, *clips, weights)
+    pg_loss, pg_stats = policy_loss(
+        new_logprobs, batch.logprobs, batch.advantages, mask, cfg.cliprange, cfg.cliprange_high, cfg.dual_clip, weights
+    )
     vf_loss, vf_stats = value_loss(predictions, batch.predictions, batch.returns, mask, cfg.cliprange_value, weights)
     loss = pg_loss + cfg.vf_coef * vf_loss
     if cfg.ent_coef != 0:
@@ -831,8 +834,8 @@ def ppo(
 
     ref: the frozen initial policy. optimizer: of one group of parameters, or of two, policy and critic (cfg.critic_lr).
     Its learning rates are set anew in each update.
-    score(prompts, replies) -> (scores [B], parts): replies as token ids; higher is better. parts {name: [B]} are for
-    the metrics (NaN where a part does not apply). stop_ids: the tokens that end a reply.
+    score(prompts, replies) -> (scores [B], parts): replies as token ids; float scores on the CPU, higher is better.
+    parts {name: [B]} are for the metrics (NaN where a part does not apply). stop_ids: the tokens that end a reply.
     state: where to begin, State(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written then.
     A sample is (prompt, token ids of the reply, score, KL in nats).
 
