@@ -46,34 +46,42 @@ def mean_and_error(xs: list[float]) -> tuple[float, float]:
 
 
 def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float]]:
-    """Differences from the defaults, with their standard errors, in percent of what the defaults gain in the task."""
+    """Differences from the defaults, with their standard errors, in percent of what the defaults gain in the task: over
+    the run for its mean, by its end for the scores there and at equal KL. Of KL and fluency the differences themselves."""
     seeds = [s for t, c, s in results if (t, c) == (task, change) and (t, "defaults", s) in results]
     pairs = [(results[task, change, seed], results[task, "defaults", seed]) for seed in seeds]
     defaults = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
     gain = fmean(run["score"] - run["before"] for run in defaults)
+    gain_over_run = fmean(run["mean"] - run["before"] for run in defaults)
     kl = KL_LEVELS[task]
     return {
-        "mean": mean_and_error([100 * (run["mean"] - default["mean"]) / gain for run, default in pairs]),
+        "mean": mean_and_error([100 * (run["mean"] - default["mean"]) / gain_over_run for run, default in pairs]),
         "score": mean_and_error([100 * (run["score"] - default["score"]) / gain for run, default in pairs]),
         "at KL": mean_and_error(
             [100 * (score_at(run["path"], kl) - score_at(default["path"], kl)) / gain for run, default in pairs]
         ),
         "kl": mean_and_error([run["kl"] - default["kl"] for run, default in pairs]),
-        "fluency": mean_and_error([100 * (run["fluency"] - default["fluency"]) for run, default in pairs]),
+        "fluency": mean_and_error([run["fluency"] - default["fluency"] for run, default in pairs]),
     }
 
 
 def ends(results: dict) -> None:
-    """Markdown: where the runs of each change ended, means over seeds; and of the demo, how many of them ended well."""
-    print("| change | runs | score | KL | fluency | score 2.5 or more, fluency 0.85 or more |")
-    print("|---" * 6 + "|")
+    """Markdown: where the runs of each change began and ended, means over seeds; of the demo, how many ended well."""
+    is_demo = any(task == "demo" for task, _, _ in results)
+    columns = ["change", "runs", "score before", "after", "KL"]
+    if is_demo:
+        columns += ["fluency", "score 2.5 or more, fluency 0.85 or more"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for change in dict.fromkeys(change for _, change, _ in results):
         runs = [run for (_, c, _), run in results.items() if c == change]
-        score, error = mean_and_error([run["score"] for run in runs])
-        kl, fluency = (fmean(run[what] for run in runs) for what in ("kl", "fluency"))
-        well = sum(run["score"] >= 2.5 and run["fluency"] >= 0.85 for run in runs)
-        cells = [change, str(len(runs)), f"{score:.2f} ± {error:.2f}", f"{kl:.2f}"]
-        cells += ["", ""] if math.isnan(fluency) else [f"{fluency:.2f}", f"{well} of {len(runs)}"]
+        cells = [change, str(len(runs))]
+        for what in ("before", "score"):
+            cells.append("{:.2f} ± {:.2f}".format(*mean_and_error([run[what] for run in runs])))
+        cells.append(f"{fmean(run['kl'] for run in runs):.2f}")
+        if is_demo:
+            well = sum(run["score"] >= 2.5 and run["fluency"] >= 0.85 for run in runs)
+            cells += [f"{fmean(run['fluency'] for run in runs):.2f}", f"{well} of {len(runs)}"]
         print(f"| {' | '.join(cells)} |")
 
 
@@ -90,12 +98,13 @@ def table(path: Path) -> None:
         average = fmean(found[task]["mean"][0] for task in names)
         cells = [change]
         for task in names:
-            for what in ("mean", "score", "at KL"):
+            for what, digits in (("mean", 0), ("score", 0), ("kl", 1), ("at KL", 0)):
                 value, error = found[task][what]
-                cells.append("" if math.isnan(value) else f"{value:+.0f} ± {error:.0f}")
+                cells.append("" if math.isnan(value) else f"{value:+.{digits}f} ± {error:.{digits}f}")
         lines.append((average, f"| {' | '.join([*cells, f'{average:+.0f}'])} |"))
-    print("| change |", " | ".join(f"{task}: {what}" for task in names for what in ("run", "end", "at KL")), "| mean |")
-    print("|---" * (3 * len(names) + 2) + "|")
+    columns = [f"{task}: {what}" for task in names for what in ("run", "end", "its KL", "at KL")]
+    print(f"| {' | '.join(['change', *columns, 'mean'])} |")
+    print("|---" * (len(columns) + 2) + "|")
     for _, line in sorted(lines, key=lambda pair: -pair[0]):
         print(line)
     for task in names:
