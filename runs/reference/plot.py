@@ -24,7 +24,7 @@ import results
 
 GREY, BLUE = "#7a7a7a", "#2478e8"  # both can be read on a white page and on a dark one
 COLUMNS = 3
-LOWEST, HIGHEST = -60, 30  # percent, the ends of the axis of draw_details
+LOWEST, HIGHEST = -80, 30  # percent, the ends of the axis of draw_details
 STYLE = {
     "font.sans-serif": ["DejaVu Sans"],  # it comes with matplotlib; a browser without it takes its own sans-serif
     "font.size": 10,
