@@ -83,7 +83,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  
     """Scale the valid cells to variance 1 and, if shift_mean, shift them to mean 0. Masked cells become 0.
 
     The variance is the population's; the 1e-8 under the root keeps one cell, or equal cells, from giving NaN.
-    shift_mean=False adds the mean again, as OpenAI's lm-human-preferences does with rewards.
+    shift_mean=False keeps the mean, as OpenAI's lm-human-preferences does with rewards.
     """
     mean = masked_mean(x, mask)
     centered = torch.where(mask, x - mean, 0.0)
@@ -184,8 +184,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], stats
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
-    A is the advantage. A token whose ρ has left 1 ± ε in the direction that A asks for has no gradient any more; one
-    that has left it in the other direction keeps its gradient.
+    A is the advantage. A token whose ρ has left [1-ε, 1+ε] in the direction that A asks for has no gradient any more;
+    one that has left it in the other direction keeps its gradient, up to dual_clip.
 
     cliprange_high: upper ε, if it differs from the lower (clip-higher, DAPO, arXiv 2503.14476).
     dual_clip: c > 1 bounds the objective from below at cA where A < 0, however large ρ is (arXiv 1912.09729).
@@ -272,7 +272,7 @@ class PPOConfig:
     micro_batch_size: int | None = None  # most replies trained on at a time; changes no gradient; None: a minibatch
     learning_rate: float = 1e-5  # of AdamW, at its highest
     critic_lr: float | None = None  # learning rate of what only the critic uses; None: the policy's
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay over the updates, to 0
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up, towards 0
     warmup_updates: int = 0  # updates of linear learning-rate warm-up
     max_grad_norm: float | None = 1.0  # gradient clipping; None: off
     cliprange: float = 0.2  # ε of the ratio
@@ -282,7 +282,7 @@ class PPOConfig:
     vf_coef: float = 0.3  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"  # what has equal weight, see token_weights
-    target_kl: float | None = 1.0  # KL(old ‖ new), nats per token, that ends an update and shrinks the next; None: off
+    target_kl: float | None = 1.0  # KL(old ‖ new), nats per token, that ends an update and lowers the rate; None: off
     critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
 
     @property
@@ -351,8 +351,7 @@ class Rollout:
         """Cut the replies `index` into groups of at most `size` and of like length: little is computed for padding.
 
         Shortest first, a reply joins the last group unless the padding of that group would then cost more than one more
-        pass over the model. As measured, a pass costs 128 tokens on a CPU, however short it is. For a GPU, 8192 is an
-        estimate.
+        pass over the model: by its fixed cost as much as 128 tokens on a CPU, as measured, 8192 on a GPU, an estimate.
         """
         affordable = 128 if torch.device(device).type == "cpu" else 8192
         prompts, replies = self.query_mask.sum(1), self.mask.sum(1)
@@ -494,9 +493,9 @@ class Actor(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # [b, T], [b, T]
         """log π of the response tokens and the entropy of π before each, both 0 where the mask is False.
 
-        The entropy is 0 where nobody asks for it: it costs about as much as the rest of the head. Logits are computed
-        for valid tokens only, in chunks. If there are several, the backward pass computes each anew: memory holds the
-        logits of one chunk, never [b, T, V].
+        with_entropy=False gives an entropy of 0: where the vocabulary is large and the model small, to compute it would
+        cost as much as all the rest. Logits are computed for valid tokens only, in chunks. If there are several, the
+        backward pass computes each anew: memory holds the logits of one chunk, never [b, T, V].
         """
 
         def head(states, tokens):  # [n, H], [n] -> [2, n]
@@ -839,15 +838,16 @@ def ppo(
     state: where to begin, State(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written then.
     A sample is (prompt, token ids of the reply, score, KL in nats).
 
-    Raises ValueError for settings that do not fit and for scores that are not finite, FloatingPointError once the
-    policy's probabilities are NaN.
+    Raises ValueError for settings that contradict each other or the optimizer, and for scores that are not finite,
+    FloatingPointError once the policy's probabilities are not.
     """
     if cfg.batch_size % cfg.num_mini_batches or cfg.batch_size % cfg.samples_per_prompt:
         raise ValueError("batch_size: expected a multiple of num_mini_batches and of samples_per_prompt")
     if cfg.kl_in == "loss" and cfg.kl_estimator == "k1":
         raise ValueError("kl_estimator: expected k2 or k3 with kl_in = loss, where k1 has no gradient on average")
-    if cfg.critic_lr is not None and len(optimizer.param_groups) != 2:
-        raise ValueError("optimizer: expected two groups of parameters, policy and critic, with critic_lr")
+    groups = len(optimizer.param_groups)
+    if groups > 2 or (groups == 1 and cfg.critic_lr is not None):
+        raise ValueError("optimizer: expected one group of parameters or two, policy and critic; two with critic_lr")
     while state.update < cfg.num_updates:
         seed_everything(cfg.seed, state.update)
         rates = (cfg.learning_rate, cfg.learning_rate if cfg.critic_lr is None else cfg.critic_lr)
@@ -866,7 +866,7 @@ def ppo(
         replies = rollout.replies()
         scores, parts = score(batch, replies)
         if not scores.isfinite().all():
-            raise ValueError(f"score: expected finite numbers, got {scores.tolist()}")
+            raise ValueError(f"score: expected finite numbers, got {scores[~scores.isfinite()][0]}")
         scored = time.perf_counter()
 
         # 3. Log-probabilities and values of every token.
@@ -1097,6 +1097,7 @@ class Config(PPOConfig, RunConfig):  # in this order dataclasses, and so --help,
             ("a number in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam critic_lam"),
             ("a number between 0 and 1", lambda x: 0 < x < 1, "cliprange"),
             ("a number above 1", lambda x: 1 < x < math.inf, "dual_clip"),
+            ("finite numbers", lambda x: all(map(math.isfinite, x)), "reward_weights"),
             ("letters, digits and ._+- only", re.compile(r"[\w.+-]+").fullmatch, "name"),
             ("a file that exists", os.path.isfile, "prompts eval_prompts"),
             (f"a divisor of --batch-size {B}", lambda x: B % x == 0, "num_mini_batches samples_per_prompt"),
@@ -1522,6 +1523,8 @@ class Task:
                 parts[:, rows] = self.ask_rewards([prompts[i] for i in rows], [replies[i] for i in rows])
         parts = processes.sum(parts)
         scores = sum(weight * part.nan_to_num() for weight, part in zip(self.reward_weights, parts))
+        if not scores.isfinite().all():
+            raise RewardError("the weighted sum of the rewards overflows float32: make rewards or weights smaller")
         return scores, dict(zip(self.rewards, parts))
 
     def ask_rewards(self, prompts: list[Prompt], replies: list[list[int]]) -> Tensor:  # [rewards, B]
@@ -1687,7 +1690,7 @@ def start_processes() -> Processes:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         # A thread of gloo may still hold a tensor. Before Python 3.14, dropping it while Python ends aborts the process
-        # (pytorch/pytorch#190489), and destroying the group does not wait for the thread: it gets a second.
+        # (pytorch/pytorch#190489), and destroying the group does not wait for the thread: so it gets a second to end.
         atexit.register(time.sleep, 1)
         atexit.register(dist.destroy_process_group)
     return Torchrun()
@@ -1939,8 +1942,8 @@ def resume(
     refuse_changes(run, dataclasses.asdict(before), dataclasses.asdict(cfg))
     refuse_changes(run, hashes_before, hashes)
     if cfg.num_updates != before.num_updates and cfg.lr_scheduler_type != "constant":
-        spread = f"is spread over {cfg.num_updates} updates now instead of {before.num_updates}, so it jumps"
-        print(f"The {cfg.lr_scheduler_type} decay of the learning rate {spread}")
+        end = f"now ends with update {cfg.num_updates} instead of {before.num_updates}, so the rate jumps"
+        print(f"The {cfg.lr_scheduler_type} decay of the learning rate {end}")
     state = State(cfg.kl_coef)
     sizes = dict.fromkeys(LOGS, 0)
     if checkpoints(run):

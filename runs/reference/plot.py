@@ -2,7 +2,7 @@
 
     python runs/reference/plot.py runs/NAME
     python runs/reference/plot.py runs/SEED-1 runs/SEED-2 runs/SEED-3 -o curves.svg
-    python runs/reference/plot.py runs/reference/study/details.csv      # or penalty.csv: a figure of a study
+    python runs/reference/plot.py runs/reference/study/details.csv      # or penalty.csv, smollm2.csv: a study
 
 One panel for the score, one for the KL to the reference, and one for each reward that is not the score itself. Of runs
 of different length, only the updates that all of them have are drawn. The same runs give the same file.
@@ -150,6 +150,7 @@ def draw_penalty(path: Path) -> Figure:
             kl = [float(row["kl"]) for row in ends]
             for axes, what in zip(line, ("score", "fluency")):
                 dots = [float(row["kl"]) for row in updates], [float(row[what]) for row in updates]
+                # Thousands of dots: as an image, of the figure's dpi, they keep the file small.
                 axes.plot(*dots, ".", color=color, alpha=0.5, markersize=4.5, markeredgewidth=0, rasterized=True)
                 end = [float(row[what]) for row in ends]
                 x, y = statistics.fmean(kl), statistics.fmean(end)

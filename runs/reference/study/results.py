@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-# Nats a reply at which scores are compared "at equal KL", about half of where the defaults end.
+# KL in nats per reply at which scores are compared, and that "adaptive KL" aims at: below where the defaults end.
 KL_LEVELS = {"demo": 3.0, "sums": 0.5, "ends": 3.0}
 
 
@@ -46,8 +46,8 @@ def mean_and_error(xs: list[float]) -> tuple[float, float]:
 
 
 def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float]]:
-    """Differences from the defaults, with their standard errors, in percent of what the defaults gain in the task: over
-    the run for its mean, by its end for the scores there and at equal KL. Of KL and fluency the differences themselves."""
+    """Differences from the defaults, with standard errors. Mean: in percent of what the defaults gain over the run. Score,
+    at the end and at equal KL: in percent of what they gain by the end. KL: in nats per reply."""
     seeds = [s for t, c, s in results if (t, c) == (task, change) and (t, "defaults", s) in results]
     pairs = [(results[task, change, seed], results[task, "defaults", seed]) for seed in seeds]
     defaults = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
@@ -61,7 +61,6 @@ def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float
             [100 * (score_at(run["path"], kl) - score_at(default["path"], kl)) / gain for run, default in pairs]
         ),
         "kl": mean_and_error([run["kl"] - default["kl"] for run, default in pairs]),
-        "fluency": mean_and_error([run["fluency"] - default["fluency"] for run, default in pairs]),
     }
 
 

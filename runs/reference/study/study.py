@@ -76,17 +76,17 @@ NO_CRITIC = dict(vf_coef=0.0)  # V stays the running mean of the returns
 EIGHT = dict(samples_per_prompt=8)
 BASELINES = {
     "defaults": {},
-    "critic, 8 replies a prompt": EIGHT,
+    "critic, 8 replies per prompt": EIGHT,
     "no critic": NO_CRITIC,
-    "no critic, 8 replies a prompt": NO_CRITIC | EIGHT,
-    "group mean": NO_CRITIC | EIGHT | dict(center=True),
-    "group mean, critic too": EIGHT | dict(center=True),
+    "no critic, 8 replies per prompt": NO_CRITIC | EIGHT,
+    "group mean, no critic": NO_CRITIC | EIGHT | dict(center=True),
+    "group mean and critic": EIGHT | dict(center=True),
 }
 SMOLLM2_RATES = {}  # times the task's
 for times in (0.1, 0.3, 1.0):
     for kl in (1.0, 0.1):
         SMOLLM2_RATES[f"rate x {times}, target KL {kl}"] = dict(learning_rate=times, target_kl=kl, num_updates=6)
-# The tasks, the seeds (no setting was chosen on them) and the changes of each study.
+# The tasks, the seeds and the changes of each study. Settings were chosen on the seeds of smollm2-rates alone.
 STUDIES = {
     "details": (tasks.SMALL, range(20, 30), DETAILS),
     "rates": (["demo"], range(40, 45), RATES),
