@@ -3543,8 +3543,16 @@ import torch, transformers, tyro, ppo_llm  # once: each life of the run is a for
 
 kills, while_saving, rng = 0, 0, random.Random(0)
 unfinished, config = "killed/checkpoints/unfinished", "killed/config.json"
+
+def is_saving():
+    try:
+        return os.stat(unfinished).st_ctime > began  # else it is left of the life before
+    except FileNotFoundError:
+        return False
+
 while True:
     arguments = ["--resume", "killed"] if os.path.exists(config) else sys.argv[1:]
+    began = time.time()
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open("life.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
@@ -3553,10 +3561,10 @@ while True:
     patience = time.monotonic() + rng.uniform(0, 1.2)
     if kills % 2:  # every other time in the middle of a save
         patience += 5
-        while not os.path.exists(unfinished) and time.monotonic() < patience:
+        while not is_saving() and time.monotonic() < patience:
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 break
-        patience = time.monotonic() + rng.uniform(0, 0.03)
+        patience = time.monotonic() + rng.uniform(0, 0.01)
     while kills < 24 and time.monotonic() < patience:
         time.sleep(0.001)
     if kills < 24:
@@ -3565,7 +3573,7 @@ while True:
     if os.WIFEXITED(status):
         print(kills, while_saving, os.WEXITSTATUS(status))
         break
-    kills, while_saving = kills + 1, while_saving + os.path.exists(unfinished)
+    kills, while_saving = kills + 1, while_saving + is_saving()
 """
 
 
