@@ -1231,7 +1231,9 @@ def load_rewards(specs: tuple[str, ...]) -> list[Reward]:
     for spec in specs:
         path, _, name = spec.rpartition(":")
         expected = "expected FILE.py:FUNCTION or MODULE:FUNCTION"
-        with in_one_line(f"--reward {spec}: {expected}, and {path or 'nothing'} cannot be imported"):
+        if not path:
+            raise UsageError(f"--reward {spec}: {expected}")
+        with in_one_line(f"--reward {spec}: {expected}, and {path} cannot be imported"):
             modules[path] = modules.get(path) or import_path(path)
         if not callable(getattr(modules[path], name, None)):
             raise UsageError(f"--reward {spec}: {path} has no function {name}")
