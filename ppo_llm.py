@@ -22,7 +22,7 @@ One update, in six steps (`ppo` is the loop over them):
      copy of the initial policy, the reference, gives its own log-probabilities (`fill_logprobs_and_values`).
   4. Advantages: the reward of a token is -β·KL, and the last token also gets the score. A value is what the critic
      expects of the rewards still to come, an advantage how much better a token did than that, a return what the critic
-     should have said. GAE makes advantages and returns of rewards and values (`compute_advantages`).
+     should have said. GAE turns rewards and values into advantages and returns (`compute_advantages`).
   5. Update: several epochs of minibatches on the clipped surrogate and the value loss (`ppo_update`).
   6. Metrics: what happened, over valid tokens only (`rollout_metrics`).
 
@@ -351,7 +351,7 @@ class Rollout:
         """Cut the replies `index` into groups of at most `size` and of like length: little is computed for padding.
 
         Shortest first, a reply joins the last group unless the padding of that group would then cost more than one more
-        pass over the model: by its fixed cost as much as 128 tokens on a CPU, as measured, 8192 on a GPU, an estimate.
+        pass over the model. A pass has the fixed cost of 128 tokens on a CPU (measured), of 8192 on a GPU (estimated).
         """
         affordable = 128 if torch.device(device).type == "cpu" else 8192
         prompts, replies = self.query_mask.sum(1), self.mask.sum(1)
@@ -474,7 +474,7 @@ class Actor(nn.Module):
     def forward(self, batch: Rollout, temperature: float, with_entropy: bool = True):
         """(logprobs, entropy, predictions, values): [b, T] each, values [b, T + 1], see `Rollout` and `critic`.
 
-        The old and the new log-probabilities both come from here: so the first ratio is 1.
+        The old and the new log-probabilities both come from here: so the first ratio is 1. with_entropy: of `logprobs`.
         """
         states = self.states(self.lm.base_model, batch)
         logprobs, entropy = self.logprobs(states[:, :-1], batch, temperature, with_entropy)
@@ -903,7 +903,7 @@ def ppo(
         planned = cfg.num_ppo_epochs * cfg.num_mini_batches
         stopped = stats["policy/steps"] + stats["policy/skipped_steps"] < planned
         state.step_size = state.step_size / 1.5 if stopped else min(1.0, state.step_size * 1.5)
-        if stats["policy/skipped_steps"] == 0:  # else returns may be huge, or not finite
+        if stats["policy/skipped_steps"] == 0:  # else returns may be huge
             update_critic_units(rollout, state)
         if cfg.kl_target is not None and not critic_only:  # in warm-up KL is 0
             state.kl_coef = adaptive_kl_coef(
@@ -1692,7 +1692,7 @@ def start_processes() -> Processes:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         # A thread of gloo may still hold a tensor. Before Python 3.14, dropping it while Python ends aborts the process
-        # (pytorch/pytorch#190489), and destroying the group does not wait for the thread: so it gets a second to end.
+        # (pytorch/pytorch#190489), and destroying the group does not wait for it. So all threads get a second to end.
         atexit.register(time.sleep, 1)
         atexit.register(dist.destroy_process_group)
     return Torchrun()

@@ -867,6 +867,17 @@ def test_every_logprob_is_the_models_own(kind, temperature):
         assert not x[~rollout.mask].any()
 
 
+def test_training_computes_an_entropy_only_for_its_bonus(monkeypatch):
+    """It costs as much as the log-probabilities, and without the bonus no gradient needs it."""
+    for ent_coef, calls in ((0.0, 0), (0.1, 1)):
+        cfg = settings_of(ent_coef=ent_coef)
+        actor, _, rollout = experience(cfg=cfg)
+        rollout.token_weights = rollout.mask.to(REAL)
+        asked = watched(monkeypatch, P, "entropy_from_logits", lambda logits, temperature: len(logits))
+        P.ppo_loss(actor, whole(rollout), 0.05, cfg)
+        assert len(asked) == calls
+
+
 def test_logits_in_chunks_are_the_same_with_the_same_gradient(monkeypatch):
     """All tokens at once, three at a time or one: the log-probabilities, the entropies and their gradients are the
     same."""

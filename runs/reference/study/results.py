@@ -100,10 +100,14 @@ def table(path: Path) -> None:
             for what, digits in (("mean", 0), ("score", 0), ("kl", 1), ("at KL", 0)):
                 value, error = found[task][what]
                 cells.append("" if math.isnan(value) else f"{value:+.{digits}f} ± {error:.{digits}f}")
-        lines.append((average, f"| {' | '.join([*cells, f'{average:+.0f}'])} |"))
+        demos = [run for (task, c, _), run in results.items() if (task, c) == ("demo", change)]
+        fluent = sum(run["fluency"] >= 0.85 for run in demos)
+        cells += [f"{fluent} of {len(demos)}", f"{average:+.0f}"]
+        lines.append((average, f"| {' | '.join(cells)} |"))
     columns = [f"{task}: {what}" for task in names for what in ("run", "end", "its KL", "at KL")]
-    print(f"| {' | '.join(['change', *columns, 'mean'])} |")
-    print("|---" * (len(columns) + 2) + "|")
+    columns = ["change", *columns, "demos that end fluent", "mean"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for _, line in sorted(lines, key=lambda pair: -pair[0]):
         print(line)
     for task in names:
