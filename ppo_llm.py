@@ -474,7 +474,7 @@ class Actor(nn.Module):
     def forward(self, batch: Rollout, temperature: float, with_entropy: bool = True):
         """(logprobs, entropy, predictions, values): [b, T] each, values [b, T + 1], see `Rollout` and `critic`.
 
-        The old and the new log-probabilities both come from here: so the first ratio is 1. with_entropy: of `logprobs`.
+        The old and new log-probabilities both come from here: so the first ratio is 1. with_entropy: see `logprobs`.
         """
         states = self.states(self.lm.base_model, batch)
         logprobs, entropy = self.logprobs(states[:, :-1], batch, temperature, with_entropy)
