@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11,<2.14", "transformers>=5.17,<6", "tyro>=1.0,<2"]
+# dependencies = ["torch>=2.11,<2.14", "transformers>=5.17,<5.24", "tyro>=1.0,<2"]
 # ///
 """PPO for language models, in one file to be read in a sitting.
 
@@ -452,10 +452,11 @@ class Actor(nn.Module):
         attention = F.pad(batch.query_mask, (0, T), value=True)
         # What is said at the token before it predicts a token; the last one predicts nothing. The only shift.
         before = slice(-T - 1, -1)
-        output = self.run(self.lm, ids, attention, logits_to_keep=T + 1, output_hidden_states=True)
+        options = {"output_hidden_states": True, "use_cache": False}
+        output = self.run(self.lm, ids, attention, logits_to_keep=T + 1, **options)
         logits = output.logits[:, before] / temperature
         if self.critic is not None:
-            output = self.run(self.critic, ids, attention, output_hidden_states=True)
+            output = self.run(self.critic, ids, attention, **options)
         features = output.hidden_states[-1][:, before].to(self.value_head.weight.dtype)
         values = self.unit * self.value_head(features).squeeze(-1)
         logprobs = logprobs_from_logits(logits, batch.responses)
@@ -813,7 +814,7 @@ import copy
 import ctypes
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -825,7 +826,6 @@ import tempfile
 import textwrap
 import traceback
 import typing
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -886,18 +886,21 @@ class Config(RunConfig, PPOConfig, TaskConfig):
     """All settings. Each is checked against its annotation: its type, and what it expects besides."""
 
     def __post_init__(self):
-        from typeguard import check_type
+        from typeguard import CollectionCheckStrategy, check_type
 
         for name, hint in typing.get_type_hints(Config, include_extras=True).items():
             x = getattr(self, name)
             with about(f"--{name.replace('_', '-')} {x!r}"):
-                check_type(x, hint)
+                check_type(x, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
                 for kind in (hint, *typing.get_args(hint)):  # Annotated[...], or one of those in a union
                     expected, holds = getattr(kind, "__metadata__", ("", bool))
                     if expected and x is not None and not holds(x):
                         raise ValueError(f"expected {expected}")
+        for name in ("warmup_updates", "critic_warmup_updates"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         if self.kl_target is not None and (self.kl_coef == 0 or self.kl_horizon < self.batch_size):
-            raise ValueError("--kl-target: expected a --kl-coef above 0 to start from, and --kl-horizon ≥ --batch-size")
+            raise ValueError("--kl-target: expected with it a --kl-coef above 0 and a --kl-horizon of a batch or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -949,10 +952,14 @@ def reply_text(tokenizer, prompt: Prompt, ids: list[int]) -> str:
 def load_reward(spec: str) -> Reward:
     """The function that `path/to/file.py:function` or `module:function` names."""
     path, _, name = spec.rpartition(":")
-    folder, stem = os.path.split(path.removesuffix(".py"))
+    sys.path.insert(0, os.path.dirname(path))  # what stands beside a file can be imported by it
     with about(f"--reward {spec}: expected FILE.py:FUNCTION or MODULE:FUNCTION"):
-        sys.path.insert(0, folder)
-        return getattr(importlib.import_module(stem), name)
+        if not path.endswith(".py"):
+            return getattr(importlib.import_module(path), name)
+        file = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = sys.modules[file.name] = importlib.util.module_from_spec(file)
+        file.loader.exec_module(module)
+        return getattr(module, name)
 
 
 def load_reward_model(name: str, device: torch.device, cfg: Config) -> Reward:
@@ -968,7 +975,7 @@ def load_reward_model(name: str, device: torch.device, cfg: Config) -> Reward:
     # A decoder finds the last token of a padded text by its pad token: without one, a text at a time.
     at_once = 1 if model.config.get_text_config().pad_token_id is None else cfg.micro_batch_size
     judge = pipeline("text-classification", model, tokenizer=tokenizer, device=device, batch_size=at_once)
-    labels = [*model.config.label2id]
+    labels = [*model.config.id2label.values()]
     label = labels[0] if len(labels) == 1 else cfg.reward_label
     if label not in labels:
         raise ValueError(f"--reward-label {label}: expected one of {', '.join(labels)}, the labels of {name}")
@@ -1201,12 +1208,14 @@ def shard(model: nn.Module | None, reshard: bool) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-MAY_CHANGE = "num_updates save_every eval_every micro_batch_size gradient_checkpointing device resume".split()
+MAY_CHANGE = (  # on a resume
+    "num_updates save_every eval_every micro_batch_size gradient_checkpointing device trust_remote_code resume".split()
+)
 
 
 def tensorboard(run: Path, update: int):
     """A writer of TensorBoard events where tensorboard is installed, else None. Events after `update` count no more."""
-    if find_spec("tensorboard") is not None:
+    if importlib.util.find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(run, purge_step=update and update + 1)
@@ -1248,20 +1257,30 @@ def fingerprint(model: nn.Module, prompts: list[Prompt]) -> dict[str, int]:
 def read_config(run: str) -> dict:
     """What config.json holds: the settings, and what else must be the same on a resume."""
     with about(f"--resume {run}: expected the folder of a run of this ppo_llm.py"):
-        return json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
+        missing = {field.name for field in dataclasses.fields(Config)} - settings.keys()
+        if missing:
+            raise ValueError(f"its config.json lacks {', '.join(sorted(missing))}")
+        return settings
 
 
-def resume(task: Task, about_run: dict) -> None:
+def resume(task: Task, settings: dict) -> None:
     """Go back to the run's checkpoint, and cut the logs to it. Without one the run begins anew."""
     before, sizes = read_config(task.cfg.resume), dict.fromkeys(LOGS, 0)
-    for name, x in about_run.items():
-        if x != before[name] and name not in MAY_CHANGE:
-            raise ValueError(f"{name} was {before[name]} and is {x}: on a resume only {', '.join(MAY_CHANGE)} may change")
+    for name in settings.keys() - MAY_CHANGE:
+        if settings[name] != before[name]:
+            change = f"{name} was {before[name]} and is {settings[name]}"
+            raise ValueError(f"--resume: {change}; only {', '.join(MAY_CHANGE)} may change")
     for path in checkpoints(task.run)[-1:]:
         with about(f"{path} is damaged or of another program"):
             saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            both = {"model_state_dict": saved["actor"], "optim_state_dict": saved["optimizer"]}
-            set_state_dict(task.actor, task.optimizer, **both, options=StateDictOptions(full_state_dict=True))
+            set_state_dict(
+                task.actor,
+                task.optimizer,
+                model_state_dict=saved["actor"],
+                optim_state_dict=saved["optimizer"],
+                options=StateDictOptions(full_state_dict=True),
+            )
             vars(task.progress).update(saved["progress"])
             sizes = saved["logs"]
     if task.progress.update >= task.cfg.num_updates:
@@ -1327,13 +1346,13 @@ def prepare(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, 
     rewards += [load_reward_model(name, device, cfg) for name in cfg.reward_model]
     weights = cfg.reward_weights or rewards
     if not (prompts or cfg.prompts) or not rewards or len(weights) != len(rewards):
-        expected = "--prompts FILE, --reward FILE.py:FUNCTION or --reward-model NAME, and as many --reward-weights or none"
-        raise ValueError(f"a model needs prompts and a reward: expected {expected}")
+        rewarded = "--reward FILE.py:FUNCTION or --reward-model NAME, and as many --reward-weights or none"
+        raise ValueError(f"a model needs prompts and a reward: expected --prompts FILE, {rewarded}")
     critic = load_critic(cfg, model, tokenizer)
     room = min(most_tokens(model), most_tokens(critic or model)) - cfg.response_length
     vocabulary = model.get_input_embeddings().weight.shape[0]
     train_prompts, held_out = pick_prompts(cfg, tokenizer, vocabulary, room, prompts, eval_prompts)
-    about_run = json.loads(json.dumps(dataclasses.asdict(cfg))) | fingerprint(model, train_prompts + held_out)
+    settings = json.loads(json.dumps(dataclasses.asdict(cfg))) | fingerprint(model, train_prompts + held_out)
     actor, ref = make_actors(cfg, model, critic, device, dtype)
     for part in filter(None, (actor.lm, actor.critic)):
         check_padding(actor, part, max(len(p.ids) for p in train_prompts + held_out) + cfg.response_length)
@@ -1345,19 +1364,21 @@ def prepare(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, 
     critic_lr = cfg.learning_rate if cfg.critic_lr is None else cfg.critic_lr
     groups = [{"params": actor.lm.parameters()}, {"params": own, "lr": critic_lr}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, eps=1e-5, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # here already, since a checkpoint has it
     stop_ids = pick_stop_ids(cfg, model, tokenizer)
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer, train_prompts, held_out, rewards, stop_ids
     )
     if cfg.resume:
-        resume(task, about_run)
+        resume(task, settings)
     elif world()[0] == 0:
         with about(f"cannot create {run}, give another --runs-dir or --name"):
             run.mkdir(parents=True)
             for name in LOGS:
                 (run / name).touch()
-            about_run |= {"command": sys.argv, "device": f"{device}, {dtype}", "torch": torch.__version__}
-            (run / "config.json").write_text(json.dumps(about_run, indent=2, ensure_ascii=False), encoding="utf-8")
+            settings |= {"command": sys.argv, "computed": f"on {device} in {dtype}", "torch": torch.__version__}
+            (run / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     work = f"{cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens"
     print(f"PPO on {subject}: {work}, written to {run}", flush=True)
     return task
@@ -1425,7 +1446,10 @@ def run_task(task: Task) -> Path:
     cfg, run, progress = task.cfg, task.run, task.progress
     is_first = world()[0] == 0
     board = tensorboard(run, progress.update) if is_first else None
-    bar = tqdm(total=cfg.num_updates, initial=progress.update, dynamic_ncols=True, disable=not is_first)
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two pictures of the bar
+    bar = tqdm(
+        total=cfg.num_updates, initial=progress.update, mininterval=pause, dynamic_ncols=True, disable=not is_first
+    )
 
     def log(metrics: dict[str, float], samples: list[dict]) -> None:
         for name, rows in zip(LOGS, ([metrics], samples)):
@@ -1487,14 +1511,14 @@ def report(run: Path) -> None:
         print(textwrap.fill(f"{old['prompt']}", width, initial_indent="\n  ", subsequent_indent="  "))
         for label, row in (("before", old), ("after", new)):
             print(textwrap.fill(f"    {label:8}{row['reply'].strip()}", width, subsequent_indent=" " * 12))
-    evaluations = [row for row in metrics if "eval/score" in row]
-    for row in evaluations:
+    print("\nHeld-out prompts, the same seed each time: means ± standard errors")
+    for row in metrics:
         names = [name for name in row if f"{name}_se" in row]
-        if row is evaluations[0]:
-            print("\nHeld-out prompts, the same seed each time: means ± standard errors")
+        if names and row is metrics[0]:
             print("  update" + "".join(f"{name.split('/')[-1]:>17}" for name in names))
-        cells = (f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in names)
-        print(f"  {row['update']:6}" + "".join(f"{cell:>17}" for cell in cells))
+        if names:
+            cells = (f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in names)
+            print(f"  {row['update']:6}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"\nLoad the policy   AutoModelForCausalLM.from_pretrained('{run}/policy')")
 
 
@@ -1567,7 +1591,7 @@ def demo_task(seed: int, steps: int = 160) -> tuple:
         return clause() + "".join(f" {pick(LINKS)} {clause()}" for _ in range(pick([0, 0, 1, 1, 2, 3]))) + " . </s> "
 
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95))
-    for step in tqdm(range(steps), desc="language model", dynamic_ncols=True, leave=False):
+    for step in tqdm(range(steps), desc="language model", leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = 1.5e-2 * min(1, (step + 1) / 10) * (1 - step / steps)
         texts = ["".join(review() for _ in range(5)) for _ in range(32)]  # at least 6 tokens each
         ids = tokenizer(texts, truncation=True, max_length=30, return_tensors="pt")["input_ids"]
