@@ -239,6 +239,7 @@ def value_loss(
 
 # A type, what is expected of a setting of it, and the test of that: for the reader, and for `Config` in Part II.
 Count = Annotated[int, "1 or more", lambda x: x >= 1]
+Whole = Annotated[int, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
 NotNegative = Annotated[float, "a number of 0 or more", lambda x: 0 <= x < math.inf]
 Share = Annotated[float, "a number in [0, 1]", lambda x: 0 <= x <= 1]
@@ -271,7 +272,7 @@ class PPOConfig:
     num_mini_batches: Count = 4  # optimizer steps per pass
     micro_batch_size: Count = 16  # replies computed at a time; their logits take about 3 × b × T × V × 4 bytes
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up, towards 0
-    warmup_updates: int = 0  # updates of linear learning-rate warm-up
+    warmup_updates: Whole = 0  # updates of linear learning-rate warm-up
     max_grad_norm: Positive = 1.0  # gradient clipping
     cliprange: Positive = 0.2  # ε of the ratio
     cliprange_high: Positive | None = None  # upper ε, if larger (clip-higher, DAPO); None: the same ε
@@ -279,7 +280,7 @@ class PPOConfig:
     vf_coef: NotNegative = 0.3  # c1, weight of the value loss
     ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus
     target_kl: Positive | None = 1.0  # KL(old ‖ new), nats per token, that ends an update; None: off
-    critic_warmup_updates: int = 0  # first updates, in which only the critic is trained
+    critic_warmup_updates: Whole = 0  # first updates, in which only the critic is trained
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ class Prompt:
 class Rollout:
     """The replies of one update and all that is known of them, on the CPU. What is None is filled in step by step.
 
-    Rewards, values, advantages before whitening, and returns are all in units of the score.
+    Rewards, values and returns are in units of the score, advantages in that of the critic, if not whitened.
     """
     queries: Tensor  # [B, P] int, prompt tokens, padded on the left
     query_mask: Tensor  # [B, P] bool, False on that padding
@@ -469,7 +470,7 @@ class Actor(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def left_pad(sequences: list) -> tuple:  # -> [B, P], [B, P]
+def left_pad(sequences: list):  # -> [B, P], [B, P]
     """Lists of token ids, padded on the left, and their mask. Any token may pad: the mask marks the padding."""
     P = max(map(len, sequences))
     padded = torch.tensor([[-1] * (P - len(ids)) + ids for ids in sequences])
@@ -511,7 +512,7 @@ def decode(
     uniform: Tensor,  # [b, T], in [0, 1)
     stop_ids: list[int],
     temperature: float,
-) -> tuple:  # [b, T or fewer], [b, T or fewer]
+):  # [b, T or fewer], [b, T or fewer]
     """Tokens and their log π, one by one with the KV cache, until every reply has stopped. After a stop comes noise.
 
     A token is the first whose cumulative probability exceeds its random number.
@@ -573,14 +574,15 @@ def compute_advantages(
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
     # The critic's unit and mean follow the returns that were sampled, and by how much V was wrong on average.
     sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma, lam=1.0)
-    spread = sampled_returns[mask].std(correction=0)
+    spread = float(sampled_returns[mask].std(correction=0))
     if spread < 1e-6 * sampled_returns.abs().max():  # all are equal, but for rounding
         spread = 0.0
-    actor.fit_returns(float(spread), shift=float(masked_mean(advantages, mask)))
+    shift = float(masked_mean(advantages, mask))
+    actor.fit_returns(spread, shift)
+    rollout.values += shift  # still what the actor says: the value clip is around it
+    rollout.advantages = advantages / float(actor.unit)
     if cfg.whiten_advantages:
-        rollout.advantages = masked_whiten(advantages, mask)
-    else:
-        rollout.advantages = advantages / float(actor.unit)
+        rollout.advantages = masked_whiten(rollout.advantages, mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -622,10 +624,10 @@ def ppo_update(
     for _ in range(cfg.num_ppo_epochs):
         for minibatch in torch.randperm(B).chunk(cfg.num_mini_batches):
             optimizer.zero_grad()
-            tokens = rollout.mask[minibatch].sum().clamp(min=1)
+            tokens = max(1, int(rollout.mask[minibatch].sum()))
             sums = defaultdict(float)
             for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
-                share = float(rollout.mask[rows].sum() / tokens)
+                share = int(rollout.mask[rows].sum()) / tokens
                 mean, stats = loss(actor, batch, cfg)
                 (share * mean).backward()
                 for name, x in stats.items():
@@ -645,8 +647,7 @@ def ppo_update(
         if too_far:
             break
     optimizer.zero_grad()
-    metrics = {name: fmean(step[name] for step in steps) for name in steps[0]}
-    return metrics | {"policy/steps": len(steps) - too_far}
+    return {name: fmean(step[name] for step in steps) for name in steps[0]} | {"policy/steps": len(steps) - too_far}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -748,8 +749,10 @@ def check_batch(cfg: PPOConfig) -> None:
     """ValueError if a batch cannot be cut as the settings ask."""
     parts = world()[1] * math.lcm(cfg.num_mini_batches, cfg.samples_per_prompt)
     if cfg.batch_size % parts:
-        expected = f"a multiple of {parts}, for processes, num_mini_batches and samples_per_prompt"
-        raise ValueError(f"batch_size {cfg.batch_size}: expected {expected}")
+        raise ValueError(
+            f"batch_size {cfg.batch_size}: expected a multiple of {parts}, "
+            "for processes, num_mini_batches and samples_per_prompt"
+        )
 
 
 def seed_everything(*parts) -> None:
@@ -785,12 +788,11 @@ def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
 def rollout_metrics(rollout: Rollout, scores: Tensor) -> dict[str, float]:  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
-    What is not known, such as the KL to no reference, is left out.
+    What is not known is left out, such as the KL to no reference, or what share is explained where nothing differs.
     """
     mask = rollout.mask
     returns = rollout.returns[mask]  # [N], N trained tokens
     residual = returns - rollout.values[mask]
-    floor = 1e-12  # where all returns are equal there is nothing to explain: 0
     metrics = {
         "objective/scores": scores.mean(),
         "objective/kl": reply_kl(rollout).mean(),
@@ -798,9 +800,9 @@ def rollout_metrics(rollout: Rollout, scores: Tensor) -> dict[str, float]:  # sc
         "reply/length": rollout.present.sum(1).float().mean(),
         "policy/entropy": rollout.entropy[mask].mean(),
         "policy/sampler_gap": (rollout.logprobs - rollout.sampler_logprobs)[mask].abs().mean(),
-        "val/explained_variance": 1 - (residual.var(correction=0) + floor) / (returns.var(correction=0) + floor),
+        "val/explained_variance": 1 - residual.var(correction=0) / returns.var(correction=0),
     }
-    return {name: float(x) for name, x in metrics.items() if not x.isnan()}
+    return {name: float(x) for name, x in metrics.items() if x.isfinite()}
 
 
 # ------------------------------------------------- Part I ends here ---------------------------------------------------
@@ -828,7 +830,11 @@ import traceback
 import typing
 from pathlib import Path
 
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 Reward = Callable[..., list[float]]  # f(prompts, completions, **columns), as in TRL's GRPOTrainer
 
@@ -852,16 +858,14 @@ def about(what: str):
 class TaskConfig:
     """What is trained, on which prompts, and for which rewards."""
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
-    prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and reward columns
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION or MODULE:FUNCTION, f(prompts, completions, **columns) -> floats
+    prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and columns; None: the demo's
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns) -> floats
     reward_model: tuple[str, ...] = ()  # hub names or folders of sequence classifiers that score prompt and reply
-    reward_label: str | None = None  # the label that scores, of reward models with several
+    reward_label: str | None = None  # the label that scores, of reward models with several; None: they have one
     reward_weights: tuple[float, ...] | None = None  # of --reward, then --reward-model; 0 measures only; None: all 1
     missing_eos_penalty: NotNegative = 0.0  # off the score of a reply that no stop token ends
     eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
-    max_prompt_length: Count | None = None  # longer prompts, in tokens, are dropped and counted; None: all must fit
     stop_token: str | None = None  # one more token that ends a reply; None: the model's EOS tokens only
-    trust_remote_code: bool = False  # let models and tokenizers run code that comes with them
 
 
 @dataclass(frozen=True)
@@ -869,10 +873,8 @@ class RunConfig:
     """Optimizer and critic; where and how it runs."""
     learning_rate: Positive = 1e-5  # of AdamW, at its highest
     critic_lr: NotNegative | None = None  # the same for what only the critic uses; None: the policy's
-    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's hidden states, or on a model of its own
-    critic_model: str | None = None  # where a separate critic starts, a reward model's head included; None: the policy
-    name: str | None = None  # the run is written to RUNS_DIR/NAME; None: time and task
-    runs_dir: str = "runs"  # folder of the runs
+    critic: str = "shared"  # a head on the policy's hidden states; separate: on a copy of it; or a model to start from
+    output_dir: str | None = None  # new folder of the run; None: runs/TIME
     save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C and on errors
     eval_every: Count | None = None  # updates between evaluations on held-out prompts; None: before and after
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
@@ -882,7 +884,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, PPOConfig, TaskConfig):
+class Config(TaskConfig, PPOConfig, RunConfig):
     """All settings. Each is checked against its annotation: its type, and what it expects besides."""
 
     def __post_init__(self):
@@ -896,9 +898,6 @@ class Config(RunConfig, PPOConfig, TaskConfig):
                     expected, holds = getattr(kind, "__metadata__", ("", bool))
                     if expected and x is not None and not holds(x):
                         raise ValueError(f"expected {expected}")
-        for name in ("warmup_updates", "critic_warmup_updates"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         if self.kl_target is not None and (self.kl_coef == 0 or self.kl_horizon < self.batch_size):
             raise ValueError("--kl-target: expected with it a --kl-coef above 0 and a --kl-horizon of a batch or more")
 
@@ -908,15 +907,17 @@ class Config(RunConfig, PPOConfig, TaskConfig):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_prompts(path: str) -> list:
-    """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt."""
+def load_prompts(path: str | None) -> list:
+    """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt. None from no file."""
+    if path is None:
+        return []
     with about(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line"):
         read = {".txt": str, ".jsonl": json.loads}[Path(path).suffix]
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         return [read(line) for line in lines if line.strip()]
 
 
-def encode(tokenizer, rows: list, vocabulary: int, longest: int) -> list[Prompt]:
+def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
     """Tokenize prompts: texts, or chat messages, by the tokenizer's template. Those that are too long are dropped.
 
     Every row gets the columns of all rows, None where it lacks one.
@@ -933,10 +934,10 @@ def encode(tokenizer, rows: list, vocabulary: int, longest: int) -> list[Prompt]
                 ids = tokenizer.apply_chat_template(text, return_dict=True, add_generation_prompt=True)["input_ids"]
             if not ids or max(ids) >= vocabulary:
                 raise ValueError(f"it has no token, or one that the model does not know: {ids}")
-        if len(ids) <= longest:
+        if len(ids) <= room:
             prompts.append(Prompt(ids, columns | row))
     if len(prompts) < len(rows):
-        print(f"Dropped {len(rows) - len(prompts)} of {len(rows)} prompts, of more than {longest} tokens")
+        print(f"Dropped {len(rows) - len(prompts)} of {len(rows)} prompts, of more than {room} tokens")
     return prompts
 
 
@@ -950,14 +951,13 @@ def reply_text(tokenizer, prompt: Prompt, ids: list[int]) -> str:
 
 
 def load_reward(spec: str) -> Reward:
-    """The function that `path/to/file.py:function` or `module:function` names."""
+    """The function that `path/to/file.py:function` names."""
     path, _, name = spec.rpartition(":")
-    sys.path.insert(0, os.path.dirname(path))  # what stands beside a file can be imported by it
-    with about(f"--reward {spec}: expected FILE.py:FUNCTION or MODULE:FUNCTION"):
-        if not path.endswith(".py"):
-            return getattr(importlib.import_module(path), name)
+    sys.path.insert(0, os.path.dirname(path))  # what stands beside the file can be imported by it
+    with about(f"--reward {spec}: expected FILE.py:FUNCTION"):
         file = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = sys.modules[file.name] = importlib.util.module_from_spec(file)
+        module = importlib.util.module_from_spec(file)
+        sys.modules.setdefault(file.name, module)  # pickle looks there; but no other module of this name is pushed out
         file.loader.exec_module(module)
         return getattr(module, name)
 
@@ -969,8 +969,8 @@ def load_reward_model(name: str, device: torch.device, cfg: Config) -> Reward:
     """
     from transformers import pipeline
 
-    model = load("ModelForSequenceClassification", name, cfg)
-    tokenizer = load("Tokenizer", name, cfg)
+    model = load("ModelForSequenceClassification", name)
+    tokenizer = load("Tokenizer", name)
     tokenizer.truncation_side = "left"
     # A decoder finds the last token of a padded text by its pad token: without one, a text at a time.
     at_once = 1 if model.config.get_text_config().pad_token_id is None else cfg.micro_batch_size
@@ -1007,8 +1007,7 @@ def ask(reward: Reward, columns: dict[str, list]) -> Tensor:  # -> [B]
     prompts, completions = columns["prompts"], columns["completions"]
     try:
         answers = list(reward(**columns))
-        largest = torch.finfo(torch.float32).max
-        if len(answers) != len(prompts) or not all(x is None or abs(x) <= largest for x in answers):
+        if len(answers) != len(prompts) or not all(x is None or math.isfinite(x) for x in answers):
             raise ValueError(f"expected {len(prompts)} finite numbers or None, got {answers!r:.300}")
         return torch.tensor([math.nan if x is None else float(x) for x in answers])
     except Exception as e:
@@ -1047,11 +1046,11 @@ class Task:
         columns = {key: [prompt.row[key] for prompt in prompts[share]] for key in prompts[0].row}
         columns["prompts"] = columns.pop("prompt")
         columns["completion_ids"] = replies[share]
-        columns["completions"] = []
-        for prompt, ids in zip(prompts[share], replies[share]):
-            text = reply_text(self.tokenizer, prompt, ids)
-            is_chat = not isinstance(prompt.row["prompt"], str)
-            columns["completions"].append([{"role": "assistant", "content": text}] if is_chat else text)
+        texts = [reply_text(self.tokenizer, *pair) for pair in zip(prompts[share], replies[share])]
+        columns["completions"] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(columns["prompts"], texts)
+        ]
         ended = torch.tensor([float(reply[-1] in self.stop_ids) for reply in replies])
         said = {"score": self.cfg.missing_eos_penalty * (ended - 1), "reply/ended": ended}
         for reward, weight in zip(self.rewards, self.cfg.reward_weights or itertools.repeat(1.0)):
@@ -1064,7 +1063,7 @@ class Task:
             said[f"{name}_{len(said)}" if name in said else name] = part
         return said
 
-    def score(self, prompts: list[Prompt], replies: list[list[int]]) -> tuple[Tensor, dict[str, float]]:
+    def score(self, prompts: list[Prompt], replies: list[list[int]]) -> tuple:
         """What `ppo` asks for: scores [B], and the mean of all else that is said."""
         said = self.judge(prompts, replies)
         scores = said.pop("score")
@@ -1076,15 +1075,15 @@ class Task:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load(auto_class: str, name: str, cfg: Config):
+def load(auto_class: str, name: str):
     """Auto{auto_class} of transformers from a folder or the hub. Missing weights are refused."""
     import transformers
 
     with about(f"{name} as {auto_class}"):
         auto = getattr(transformers, f"Auto{auto_class}")
         if not auto_class.startswith("ModelFor"):
-            return auto.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-        model, info = auto.from_pretrained(name, trust_remote_code=cfg.trust_remote_code, output_loading_info=True)
+            return auto.from_pretrained(name)
+        model, info = auto.from_pretrained(name, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"it holds no {min(info['missing_keys'])}")
         return model
@@ -1095,14 +1094,11 @@ def most_tokens(model: nn.Module) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
+def pick_device(cfg: Config) -> tuple:
     """Where to compute, and the type of matrix products."""
     with about(f"--device {cfg.device}"):
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(best if cfg.device == "auto" else cfg.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's number
-            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     if device.type == "cpu":
         # glibc gives freed tensors back to the system, and the next ones cost their page faults again: a sixth of the
@@ -1117,14 +1113,14 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
 
 
 def load_critic(cfg: Config, model: nn.Module, tokenizer) -> nn.Module | None:
-    """What a separate critic starts from: a causal language model, a reward model, or a copy of the policy."""
-    name = cfg.critic_model
-    if name is None:
-        return copy.deepcopy(model) if cfg.critic == "separate" else None
-    if load("Tokenizer", name, cfg).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"--critic-model {name}: its vocabulary is not the policy's, whose tokens it reads")
-    scores = "SequenceClassification" in str(load("Config", name, cfg).architectures)
-    return load("ModelForSequenceClassification" if scores else "ModelForCausalLM", name, cfg)
+    """What a critic of its own starts from: a copy of the policy, another language model, or a reward model."""
+    name = cfg.critic
+    if name in ("shared", "separate"):
+        return copy.deepcopy(model) if name == "separate" else None
+    if load("Tokenizer", name).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--critic {name}: its vocabulary is not the policy's, whose tokens it reads")
+    scores = "SequenceClassification" in str(load("Config", name).architectures)
+    return load("ModelForSequenceClassification" if scores else "ModelForCausalLM", name)
 
 
 @torch.no_grad()
@@ -1137,11 +1133,9 @@ def check_padding(actor: Actor, model: nn.Module, longest: int) -> None:
     attention = torch.ones_like(ids)
     attention[1, :-8] = 0
     with about(f"{type(model).__name__} cannot be trained here, use another kind of model"):
-        alone = actor.run(model, ids[1:, -8:], attention[1:, -8:])[0][0, -2:]  # logits, or hidden states
-        first = actor.run(model, ids[:, :-1], attention[:, :-1], use_cache=True)
-        cache = first.past_key_values
-        second = actor.run(model, ids[:, -1:], attention, past_key_values=cache, use_cache=True)
-        beside = torch.cat([first[0][1, -1:], second[0][1]])
+        alone = actor.run(model, ids[1:, -8:], attention[1:, -8:])[0][0, -1]  # logits, or hidden states
+        cache = actor.run(model, ids[:, :-1], attention[:, :-1], use_cache=True).past_key_values
+        beside = actor.run(model, ids[:, -1:], attention, past_key_values=cache, use_cache=True)[0][1, -1]
         tolerance = 0.02 if actor.dtype == torch.float32 else 0.1
         if not (beside - alone).abs().max() <= tolerance * alone.std():
             raise ValueError(f"beside {longest} tokens, left-padded or with a cache, it says other than alone")
@@ -1172,6 +1166,15 @@ def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.d
     return actor, ref
 
 
+def make_optimizer(cfg: Config, actor: Actor) -> torch.optim.Optimizer:
+    """AdamW with two groups: the policy, and what only the critic uses."""
+    critic_lr = cfg.learning_rate if cfg.critic_lr is None else cfg.critic_lr
+    own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
+    rates = (actor.lm.parameters(), cfg.learning_rate), (own, critic_lr)
+    groups = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in rates]  # `ppo` scales the initial ones
+    return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Several processes: torchrun and FSDP2
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1180,6 +1183,8 @@ def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.d
 def start_processes() -> None:
     """Join those that torchrun started, if it did. Only the first prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         # A thread of gloo may still hold a tensor. Before Python 3.14, dropping it while Python ends aborts the process
         # (pytorch/pytorch#190489), and destroying the group does not wait for it. So all threads get a second to end.
@@ -1209,20 +1214,12 @@ def shard(model: nn.Module | None, reshard: bool) -> None:
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 MAY_CHANGE = (  # on a resume
-    "num_updates save_every eval_every micro_batch_size gradient_checkpointing device trust_remote_code resume".split()
+    "num_updates save_every eval_every micro_batch_size gradient_checkpointing device resume".split()
 )
 
 
-def tensorboard(run: Path, update: int):
-    """A writer of TensorBoard events where tensorboard is installed, else None. Events after `update` count no more."""
-    if importlib.util.find_spec("tensorboard") is not None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(run, purge_step=update and update + 1)
-
-
 def checkpoints(run: Path) -> list[Path]:
-    return sorted(run.glob("checkpoint-" + 6 * "[0-9]"))
+    return sorted(run.glob("checkpoint-*"))
 
 
 def save(task: Task) -> None:
@@ -1254,23 +1251,25 @@ def fingerprint(model: nn.Module, prompts: list[Prompt]) -> dict[str, int]:
     return {"initial_model": hash(weights), "prompt_tokens": hash(tokens)}  # of numbers: the same in every process
 
 
-def read_config(run: str) -> dict:
-    """What config.json holds: the settings, and what else must be the same on a resume."""
+def read_config(run: str) -> tuple:
+    """The settings of a run, and the fingerprint of what it began with."""
     with about(f"--resume {run}: expected the folder of a run of this ppo_llm.py"):
-        settings = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
-        missing = {field.name for field in dataclasses.fields(Config)} - settings.keys()
-        if missing:
-            raise ValueError(f"its config.json lacks {', '.join(sorted(missing))}")
-        return settings
+        saved = json.loads(Path(run, "config.json").read_text())
+        settings = {name: tuple(x) if isinstance(x, list) else x for name, x in saved["settings"].items()}
+        return Config(**settings), saved["fingerprint"]
 
 
-def resume(task: Task, settings: dict) -> None:
-    """Go back to the run's checkpoint, and cut the logs to it. Without one the run begins anew."""
-    before, sizes = read_config(task.cfg.resume), dict.fromkeys(LOGS, 0)
-    for name in settings.keys() - MAY_CHANGE:
-        if settings[name] != before[name]:
-            change = f"{name} was {before[name]} and is {settings[name]}"
-            raise ValueError(f"--resume: {change}; only {', '.join(MAY_CHANGE)} may change")
+def resume(task: Task, initial: dict[str, int]) -> None:
+    """Go back to the run's checkpoint, and cut the logs to it. Without one the run begins anew. initial: `fingerprint`.
+    """
+    cfg_before, initial_before = read_config(task.cfg.resume)
+    before, now = vars(cfg_before) | initial_before, vars(task.cfg) | initial
+    for name in now.keys() - MAY_CHANGE:
+        if now[name] != before[name]:
+            raise ValueError(
+                f"--resume: {name} was {before[name]} and is {now[name]}; only {', '.join(MAY_CHANGE)} may change"
+            )
+    sizes = dict.fromkeys(LOGS, 0)
     for path in checkpoints(task.run)[-1:]:
         with about(f"{path} is damaged or of another program"):
             saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
@@ -1279,14 +1278,18 @@ def resume(task: Task, settings: dict) -> None:
                 task.optimizer,
                 model_state_dict=saved["actor"],
                 optim_state_dict=saved["optimizer"],
-                options=StateDictOptions(full_state_dict=True),
+                options=StateDictOptions(full_state_dict=True, strict=False),
             )
+            for name, parameter in task.actor.named_parameters():  # the policy has no moments while the critic warms up
+                if name not in saved["optimizer"]["state"]:
+                    task.optimizer.state.pop(parameter, None)
             vars(task.progress).update(saved["progress"])
             sizes = saved["logs"]
     if task.progress.update >= task.cfg.num_updates:
         raise ValueError(f"{task.run} is complete: to go on, give a larger --num-updates")
     for name, size in sizes.items():
-        os.truncate(task.run / name, size)  # each process may cut, to the same size
+        with open(task.run / name, "a") as f:
+            f.truncate(size)  # each process may cut, to the same size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1294,19 +1297,17 @@ def resume(task: Task, settings: dict) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pick_prompts(cfg: Config, tokenizer, vocabulary: int, room: int, prompts, eval_prompts) -> list[list[Prompt]]:
+def pick_prompts(cfg: Config, tokenizer, vocabulary: int, room: int, prompts, eval_prompts) -> tuple:
     """Prompts to train on and held-out ones, from the arguments or the files. room: the most tokens that fit."""
-    rows = list(prompts or load_prompts(cfg.prompts))
-    held_out = list(eval_prompts or (load_prompts(cfg.eval_prompts) if cfg.eval_prompts else ()))
+    train_prompts = encode(tokenizer, prompts or load_prompts(cfg.prompts), vocabulary, room)
+    held_out = encode(tokenizer, eval_prompts or load_prompts(cfg.eval_prompts), vocabulary, room)
     if not held_out:
-        rows = random.Random(cfg.seed).sample(rows, len(rows))
-        share = min(64, len(rows) // 10)
-        held_out, rows = rows[:share], rows[share:]
-    longest = min(room, cfg.max_prompt_length or room)
-    encoded = [encode(tokenizer, part, vocabulary, longest) for part in (rows, held_out)]
-    if not encoded[0]:
-        raise ValueError(f"of {len(rows)} prompts to train on none is left, of at most {longest} tokens")
-    return encoded
+        random.Random(cfg.seed).shuffle(train_prompts)
+        share = min(64, len(train_prompts) // 10)
+        held_out, train_prompts = train_prompts[:share], train_prompts[share:]
+    if not train_prompts:
+        raise ValueError(f"there is no prompt of at most {room} tokens to train on: expected --prompts FILE")
+    return train_prompts, held_out
 
 
 def pick_stop_ids(cfg: Config, model: nn.Module, tokenizer) -> list[int]:
@@ -1322,79 +1323,60 @@ def pick_stop_ids(cfg: Config, model: nn.Module, tokenizer) -> list[int]:
 
 def prepare(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, eval_prompts=None) -> Task:
     """All that training needs, checked: what is wrong is told before anything is written. Last, the run's folder."""
-    from transformers import GenerationConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # one progress bar, ours
     logging.disable_progress_bar()
     start_processes()
     check_batch(cfg)
-    subject = Path(cfg.model or ("demo" if model is None else "train")).name
-    run = Path(cfg.resume or Path(cfg.runs_dir, cfg.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{subject}"))
-    if run.exists() and not cfg.resume:
-        raise ValueError(f"{run} exists and is not overwritten: give another --name, or go on with --resume {run}")
+    run = Path(cfg.resume or cfg.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
     device, dtype = pick_device(cfg)
     seed_everything(cfg.seed)
     rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
-    if cfg.model is None and model is None:
-        if cfg.prompts or prompts or rewards or cfg.reward_model or not isinstance(cfg, Demo):
-            raise ValueError("prompts and rewards need a model: give --model too; the demo is train(Demo())")
-        model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
-    model = load("ModelForCausalLM", cfg.model, cfg) if model is None else model
-    tokenizer = load("Tokenizer", cfg.model, cfg) if tokenizer is None else tokenizer
-    model.generation_config = model.generation_config or GenerationConfig.from_model_config(model.config)
     rewards += [load_reward_model(name, device, cfg) for name in cfg.reward_model]
-    weights = cfg.reward_weights or rewards
-    if not (prompts or cfg.prompts) or not rewards or len(weights) != len(rewards):
-        rewarded = "--reward FILE.py:FUNCTION or --reward-model NAME, and as many --reward-weights or none"
-        raise ValueError(f"a model needs prompts and a reward: expected --prompts FILE, {rewarded}")
+    if cfg.model or model:
+        model = model or load("ModelForCausalLM", cfg.model)
+        tokenizer = tokenizer or load("Tokenizer", cfg.model)
+    elif not (prompts or cfg.prompts or rewards):
+        model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
+    else:
+        raise ValueError("prompts and rewards need a model: give --model too")
+    if not rewards or len(rewards) != len(cfg.reward_weights or rewards):
+        raise ValueError(
+            "a model needs a reward: expected --reward FILE.py:FUNCTION or --reward-model NAME, "
+            "and as many --reward-weights or none"
+        )
     critic = load_critic(cfg, model, tokenizer)
     room = min(most_tokens(model), most_tokens(critic or model)) - cfg.response_length
     vocabulary = model.get_input_embeddings().weight.shape[0]
     train_prompts, held_out = pick_prompts(cfg, tokenizer, vocabulary, room, prompts, eval_prompts)
-    settings = json.loads(json.dumps(dataclasses.asdict(cfg))) | fingerprint(model, train_prompts + held_out)
+    longest = max(len(prompt.ids) for prompt in train_prompts + held_out) + cfg.response_length
+    stop_ids = pick_stop_ids(cfg, model, tokenizer)
+    initial = fingerprint(model, train_prompts + held_out)
     actor, ref = make_actors(cfg, model, critic, device, dtype)
-    for part in filter(None, (actor.lm, actor.critic)):
-        check_padding(actor, part, max(len(p.ids) for p in train_prompts + held_out) + cfg.response_length)
+    check_padding(actor, actor.lm, longest)
+    if actor.critic is not None:
+        check_padding(actor, actor.critic, longest)
     # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. The value head's do
     # not, as `fit_returns` writes into them.
     for part, reshard in ((ref.lm, True), (actor.lm, False), (actor.critic, False), (actor.value_head, True)):
         shard(part, reshard)
-    own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
-    critic_lr = cfg.learning_rate if cfg.critic_lr is None else cfg.critic_lr
-    groups = [{"params": actor.lm.parameters()}, {"params": own, "lr": critic_lr}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, eps=1e-5, weight_decay=0.0)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # here already, since a checkpoint has it
-    stop_ids = pick_stop_ids(cfg, model, tokenizer)
+    optimizer = make_optimizer(cfg, actor)
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer, train_prompts, held_out, rewards, stop_ids
     )
     if cfg.resume:
-        resume(task, settings)
+        resume(task, initial)
     elif world()[0] == 0:
-        with about(f"cannot create {run}, give another --runs-dir or --name"):
+        with about(f"cannot make the folder {run}: give another --output-dir, or go on with --resume"):
             run.mkdir(parents=True)
-            for name in LOGS:
-                (run / name).touch()
-            settings |= {"command": sys.argv, "computed": f"on {device} in {dtype}", "torch": torch.__version__}
-            (run / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
-    work = f"{cfg.num_updates} updates of {cfg.batch_size} replies of up to {cfg.response_length} tokens"
-    print(f"PPO on {subject}: {work}, written to {run}", flush=True)
+            saved = {"settings": vars(cfg), "fingerprint": initial, "torch": torch.__version__}
+            (run / "config.json").write_text(json.dumps(saved, indent=2))
+    print(f"{cfg.num_updates} updates of {cfg.batch_size} replies, written to {run}")
     return task
 
 
-def sample_rows(task: Task, samples: list, held_out: bool) -> list[dict]:
-    """Samples of `ppo` as rows of samples.jsonl: the prompt with its columns, then what happened to it."""
-    return [
-        prompt.row
-        | {"update": task.progress.update, "reply": reply_text(task.tokenizer, prompt, ids)}
-        | {"score": score, "kl": kl, "held_out": held_out}
-        for prompt, ids, score, kl in samples
-    ]
-
-
-def evaluate_held_out(task: Task) -> tuple[dict[str, float], list[dict]]:
+def evaluate_held_out(task: Task) -> tuple:
     """Replies to all held-out prompts, a batch at least, from the same seed each time: metrics and a few samples.
 
     Each metric is a mean over replies and, under its name with _se, the standard error of that mean.
@@ -1415,8 +1397,7 @@ def evaluate_held_out(task: Task) -> tuple[dict[str, float], list[dict]]:
             metrics[f"eval/{name}"] = float(x.mean())
             metrics[f"eval/{name}_se"] = float(x.std() / len(x) ** 0.5)
     samples = zip(prompts, rollout.replies(), said["score"].tolist(), said["kl"].tolist())
-    shown = min(4, len(task.held_out))
-    return metrics, sample_rows(task, list(samples)[:shown], held_out=True)
+    return metrics, list(samples)[:4]
 
 
 @contextlib.contextmanager
@@ -1426,10 +1407,9 @@ def finish_on_signal():
 
     def ask_to_end(number: int, frame) -> None:
         if asked:
-            raise KeyboardInterrupt(number)
+            raise KeyboardInterrupt
         asked.append(number)
-        name = signal.Signals(number).name
-        print(f"\n{name}: finishing the update in hand; once more to stop at once", file=sys.stderr)
+        print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
 
     old = {number: signal.signal(number, ask_to_end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1445,46 +1425,51 @@ def run_task(task: Task) -> Path:
 
     cfg, run, progress = task.cfg, task.run, task.progress
     is_first = world()[0] == 0
-    board = tensorboard(run, progress.update) if is_first else None
-    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two pictures of the bar
-    bar = tqdm(
-        total=cfg.num_updates, initial=progress.update, mininterval=pause, dynamic_ncols=True, disable=not is_first
-    )
+    board = None
+    if is_first and importlib.util.find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
 
-    def log(metrics: dict[str, float], samples: list[dict]) -> None:
-        for name, rows in zip(LOGS, ([metrics], samples)):
+        board = SummaryWriter(run, purge_step=progress.update + 1)  # what a life after the checkpoint wrote is void
+    bar = tqdm(total=cfg.num_updates, initial=progress.update, dynamic_ncols=True, disable=not is_first)
+
+    def log(metrics, samples, held_out):
+        rows = [
+            prompt.row
+            | {"update": progress.update, "reply": reply_text(task.tokenizer, prompt, ids)}
+            | {"score": score, "kl": kl, "held_out": held_out}
+            for prompt, ids, score, kl in samples
+        ]
+        for name, lines in zip(LOGS, ([metrics], rows)):
             with open(run / name if is_first else os.devnull, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        for name, x in metrics.items():
-            if board is not None:
-                board.add_scalar(name, x, metrics["update"])
+                f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+        for name, x in metrics.items() if board else ():
+            board.add_scalar(name, x, metrics["update"])
 
     def is_due(every: int | None) -> bool:
         return progress.update == cfg.num_updates or (every is not None and progress.update % every == 0)
 
     with finish_on_signal() as asked, bar:
         if progress.update == 0:
-            log(*evaluate_held_out(task))
+            log(*evaluate_held_out(task), held_out=True)
         updates = ppo(task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress)
         try:
             for metrics, samples in updates:
-                log(metrics, sample_rows(task, samples, held_out=False))
-                bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}")
+                log(metrics, samples, held_out=False)
+                bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}", False)
                 bar.update()
                 if is_due(cfg.eval_every):
-                    log(*evaluate_held_out(task))
+                    log(*evaluate_held_out(task), held_out=True)
                 stop = int(all_sum(torch.tensor(sum(asked))))  # here all processes learn whether one was asked to stop
                 if stop or is_due(cfg.save_every):
                     save(task)
                 if stop and progress.update < cfg.num_updates:
                     print(f"Stopped after update {progress.update}; to go on: python ppo_llm.py --resume {run}")
-                    raise KeyboardInterrupt(*asked)
+                    raise KeyboardInterrupt
         except Exception as e:
             sound = progress.update > 0 and all(x.isfinite().all() for x in task.actor.parameters())
             if sound and world()[1] == 1:  # of several processes the others may be gone
                 save(task)
-            there = checkpoints(run)
-            e.add_note(f"to go on from {there[-1].name}: --resume {run}" if there else "there is no checkpoint")
+                e.add_note(f"saved after update {progress.update}, to go on: --resume {run}")
             raise
     if is_first:
         report(run)
@@ -1492,7 +1477,7 @@ def run_task(task: Task) -> Path:
 
 
 def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, eval_prompts=None) -> Path:
-    """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(Demo()).
+    """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(DEMO).
 
     prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
     f(prompts, completions, **columns) -> list of floats. model, tokenizer: of transformers; this model is trained.
@@ -1503,14 +1488,11 @@ def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, ev
 
 def report(run: Path) -> None:
     """What the terminal shows at the end, from the logs: replies before and after, and all evaluations."""
-    width = min(120, shutil.get_terminal_size().columns)
     metrics, samples = ([json.loads(row) for row in open(run / name, encoding="utf-8")] for name in LOGS)
     replies = [row for row in samples if row["held_out"]]
     after = [row for row in replies if row["update"] == replies[-1]["update"]]
     for old, new in zip(replies, after):
-        print(textwrap.fill(f"{old['prompt']}", width, initial_indent="\n  ", subsequent_indent="  "))
-        for label, row in (("before", old), ("after", new)):
-            print(textwrap.fill(f"    {label:8}{row['reply'].strip()}", width, subsequent_indent=" " * 12))
+        print(f"\n  prompt  {old['prompt']}\n  before  {old['reply']}\n  after   {new['reply']}")
     print("\nHeld-out prompts, the same seed each time: means ± standard errors")
     for row in metrics:
         names = [name for name in row if f"{name}_se" in row]
@@ -1536,24 +1518,23 @@ CLAUSE = f"the ({'|'.join(NOUNS)}) ({'|'.join(VERBS)})( ({'|'.join(ADVERBS)}))? 
 REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
 
 
-@dataclass(frozen=True)
-class Demo(Config):
-    """The settings of the demo, where they are not those of any run, and why."""
-    num_updates: Count = 20  # under a minute
-    response_length: Count = 24  # most reviews end before
-    missing_eos_penalty: NotNegative = 3.0  # else a review without an end would earn more
-    kl_coef: NotNegative = 0.3  # holds the policy to the grammar
-    learning_rate: Positive = 1e-3  # a model this small needs large steps
-    lr_scheduler_type: str = "linear"  # small steps at the end keep it fluent
-    reward_weights: tuple[float, ...] | None = (1.0, 0.0)  # sentiment is rewarded, fluency only measured
+DEMO = Config(
+    num_updates=20,  # under a minute
+    response_length=24,  # most reviews end before
+    missing_eos_penalty=3.0,  # else a review without an end would earn more
+    kl_coef=0.3,  # holds the policy to the grammar
+    learning_rate=1e-3,  # a model this small needs large steps
+    lr_scheduler_type="linear",  # small steps at the end keep it fluent
+    reward_weights=(1.0, 0.0),  # sentiment is rewarded, fluency only measured
+)
 
 
-def sentiment(prompts: list[str], completions: list[str], **columns) -> list[float]:
+def sentiment(prompts, completions, **columns):
     """Positive words less negative words in each reply."""
     return [float(sum((word in GOOD) - (word in BAD) for word in text.split())) for text in completions]
 
 
-def fluency(prompts: list[str], completions: list[str], **columns) -> list[float]:
+def fluency(prompts, completions, **columns):
     """1 if the grammar parses the whole review. Measured with weight 0, never rewarded: it shows reward hacking."""
     return [float(bool(REVIEW.fullmatch(prompt + text))) for prompt, text in zip(prompts, completions)]
 
@@ -1574,11 +1555,8 @@ def demo_task(seed: int, steps: int = 160) -> tuple:
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
-        max_position_embeddings=128,
         initializer_range=0.05,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
         eos_token_id=1,
     )
     lm = LlamaForCausalLM(config)
@@ -1590,17 +1568,15 @@ def demo_task(seed: int, steps: int = 160) -> tuple:
     def review() -> str:
         return clause() + "".join(f" {pick(LINKS)} {clause()}" for _ in range(pick([0, 0, 1, 1, 2, 3]))) + " . </s> "
 
-    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95))
-    for step in tqdm(range(steps), desc="language model", leave=False, disable=None):
-        optimizer.param_groups[0]["lr"] = 1.5e-2 * min(1, (step + 1) / 10) * (1 - step / steps)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
+    for _ in tqdm(range(steps), desc="language model", leave=False, disable=None):
         texts = ["".join(review() for _ in range(5)) for _ in range(32)]  # at least 6 tokens each
         ids = tokenizer(texts, truncation=True, max_length=30, return_tensors="pt")["input_ids"]
         lm(input_ids=ids, labels=ids).loss.backward()
-        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    starts = [itertools.product(*parts) for parts in ((NOUNS,), (NOUNS, VERBS), (NOUNS, VERBS, ADVERBS))]
-    openings = [" ".join(("the", *words)) for words in itertools.chain(*starts)]
+    parts = itertools.product(NOUNS, VERBS, [*ADVERBS, ""])
+    openings = [f"the {noun} {verb} {adverb}".strip() for noun, verb, adverb in parts]
     random.Random(0).shuffle(openings)
     return lm, tokenizer, openings[16:], openings[:16], [sentiment, fluency]
 
@@ -1618,44 +1594,37 @@ class Flags:
     run: RunConfig
 
 
-def parse(argv: list[str]) -> Config:
+def parse(argv: list[str] | None) -> Config:
     """The command line as a Config. Defaults are those of the resumed run, or the demo's if there is no model."""
     import tyro
 
-    def read(defaults: Config) -> Config:
+    def read(defaults):
         parts = [
             kind(**{field.name: getattr(defaults, field.name) for field in dataclasses.fields(kind)})
-            for kind in (TaskConfig, PPOConfig, RunConfig)
+            for kind in Config.__bases__
         ]
         flags = tyro.cli(Flags, args=argv, default=Flags(*parts), config=(tyro.conf.OmitArgPrefixes,))
-        return type(defaults)(**vars(flags.task), **vars(flags.ppo), **vars(flags.run))
+        return Config(**vars(flags.task), **vars(flags.ppo), **vars(flags.run))
 
     cfg = read(Config())
     if cfg.resume is None:
-        return cfg if cfg.model else read(Demo())
-    before = read_config(cfg.resume)
-    # Code of somebody else's model is run if this command says so, not if the folder does.
-    settings = {field.name: before[field.name] for field in dataclasses.fields(cfg)} | {"trust_remote_code": False}
-    settings = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
-    return read((Config if before["model"] else Demo)(**settings))
+        return cfg if cfg.model else read(DEMO)
+    return read(read_config(cfg.resume)[0])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the run failed, 2 it could not begin, 130 interrupted, 143 terminated."""
+    """Exit status: 0 done, 1 the run failed, 2 it could not begin, 130 interrupted. None: the arguments of Python."""
     status = 2
     try:
-        task = prepare(parse(sys.argv[1:] if argv is None else argv))
+        task = prepare(parse(argv))
         status = 1
         run_task(task)
-    except KeyboardInterrupt as e:
-        return 128 + (e.args or (signal.SIGINT,))[0]
+    except KeyboardInterrupt:
+        return 130
     except Exception as e:
         file = Path(tempfile.gettempdir(), f"ppo_llm-{os.getpid()}.txt")
         file.write_text(traceback.format_exc())
-        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
-        said = [*reversed(getattr(e, "__notes__", [])), f"{kind}{e}"]
-        if isinstance(e, torch.OutOfMemoryError):
-            said[-1] = "out of memory: give a smaller --micro-batch-size, or --gradient-checkpointing"
+        said = (x.strip().removeprefix("ValueError: ") for x in reversed(traceback.format_exception_only(e)))
         print(f"ppo_llm.py: {textwrap.shorten(': '.join(said), 1500)} (traceback: {file})", file=sys.stderr)
         return status
     return 0
