@@ -5,7 +5,7 @@
     python runs/reference/bench/compare.py --trl trl-venv/bin/python
     python runs/reference/bench/compare.py          # ours alone: short replies, batch sizes, micro-batches
 
-Two versions of ppo_llm.py against each other, then the same under flags that both know:
+Versions of ppo_llm.py against each other in turn, then the same under flags that all of them know:
 
     python runs/reference/bench/compare.py --ours old/ppo_llm.py --ours ppo_llm.py --rows tiny-64-32 small-64-32
     python runs/reference/bench/compare.py --ours old/ppo_llm.py --ours ppo_llm.py -- --dtype bfloat16
@@ -32,7 +32,7 @@ SIZES = {
     "gpt2": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257),
 }
 ROWS = ["tiny-64-32", "tiny-64-64", "tiny-256-32", "tiny-256-64", "small-64-32", "gpt2-16-32"]
-FLAGS = [(), ("--critic", "separate"), ("--matmul-precision", "medium"), ("--dtype", "bfloat16")]
+FLAGS = [(), ("--critic", "separate"), ("--dtype", "bfloat16")]
 PROMPT, EPOCHS, MINI_BATCHES = 16, 4, 4
 REWARD = """
 def even(prompts, completions, **columns):
@@ -161,11 +161,10 @@ def trl(size: str, batch: int, reply: int, updates: int) -> None:
     print(json.dumps([end - start for start, end in zip(ticks, ticks[1:])]))
 
 
-def matmul(tokens: int, width: int, dtype: str, precision: str) -> None:
+def matmul(tokens: int, width: int, dtype: str) -> None:
     """Prints the FLOP/s of a matrix product as in a layer's MLP: the median of 9 timings of at least 0.05 s each."""
     import torch
 
-    torch.set_float32_matmul_precision(precision)
     states = torch.randn(tokens, width).to(getattr(torch, dtype))
     weights = torch.randn(width, 4 * width).to(states)
     product = states @ weights  # every timing writes here: the memory for it is not asked for anew
@@ -212,7 +211,9 @@ def measure(script: Path, model: Path, batch: int, reply: int, updates: int, *fl
     folder = Path(tempfile.mkdtemp(dir=model))
     task = ["--model", model, "--prompts", model / "prompts.jsonl", "--reward", f"{model}/even.py:even"]
     task += ["--batch-size", batch, "--response-length", reply, "--num-updates", updates]
-    _, memory = run(sys.executable, script, *task, "--runs-dir", folder, "--name", "x", *flags)
+    knows_output_dir = "output_dir" in script.read_text()  # the file of commit 0574b0b and before does not
+    place = ["--output-dir", folder / "x"] if knows_output_dir else ["--runs-dir", folder, "--name", "x"]
+    _, memory = run(sys.executable, script, *task, *place, *flags)
     rows = [json.loads(line) for line in open(folder / "x" / "metrics.jsonl")]
     rows = [row for row in rows if "time/update" in row]
     return rows[1:], memory
@@ -247,18 +248,15 @@ def ours(model: Path, batch: int, reply: int, updates: int, *flags, script: Path
     The product is of the shape of a layer's MLP, in the same mode, and is measured right after the run.
     """
     rows, memory = measure(script, model, batch, reply, updates, *flags)
-    settings = {"--critic": "shared", "--dtype": "float32", "--matmul-precision": "highest"}
-    settings["--micro-batch-size"] = batch // MINI_BATCHES
-    settings.update(zip(flags[::2], flags[1::2]))
+    settings = {"--critic": "shared", "--dtype": "float32"} | dict(zip(flags[::2], flags[1::2]))
 
     shape = json.loads((model / "config.json").read_text())
     trunks = 2 if settings["--critic"] == "separate" else 1
     speeds = []
     for row in rows:
         speeds.append(update_flops(shape, batch, row["reply/length"], trunks) / row["time/update"])
-    tokens = settings["--micro-batch-size"] * reply
-    mode = settings["--dtype"], settings["--matmul-precision"]
-    printed, _ = run(sys.executable, __file__, "matmul", tokens, shape["n_embd"], *mode)
+    tokens = min(16, batch // MINI_BATCHES) * reply  # of a micro-batch of the default size
+    printed, _ = run(sys.executable, __file__, "matmul", tokens, shape["n_embd"], settings["--dtype"])
     return seconds_of(rows), memory, 100 * statistics.median(speeds) / float(printed)
 
 
@@ -295,27 +293,26 @@ def repeat_trl(args, model: Path, size: str, batch: int, reply: int) -> list[flo
     seconds, memory, percent = zip(*results)
     time_row = [trl_seconds, seconds[0], *(trl_seconds / x for x in seconds)]
     memory_row = [trl_memory, memory[0], trl_memory / memory[0], trl_memory / memory[1]]
-    speed = [percent[0] / 100, percent[2] / 100, percent[3] / 100]
+    speed = [percent[0] / 100, percent[2] / 100]
     return time_row + memory_row + speed
 
 
 def against_trl(folder: Path, args) -> None:
     """A table of seconds, row by row, then one of memory and of the share of a matrix product's speed."""
-    separate, medium, bfloat16 = (f"`{' '.join(flags)}`" for flags in FLAGS[1:])
+    separate, bfloat16 = (f"`{' '.join(flags)}`" for flags in FLAGS[1:])
     first = "size, batch, reply"
-    ratios = [f"÷ {separate}", f"÷ {medium}", f"÷ {bfloat16}"]
-    print_head(first, "TRL, s", "ours, s", "TRL ÷ ours", *ratios)
+    print_head(first, "TRL, s", "ours, s", "TRL ÷ ours", f"÷ {separate}", f"÷ {bfloat16}")
     second_table = []
     for size, batch, reply in args.rows:
         model = make_folder(folder, size)
         numbers = medians(args, repeat_trl, model, size, batch, reply)
         name = f"{size}, {batch}, {reply}"
-        megabytes, memory_ratios, shares = numbers[6:8], numbers[8:10], numbers[10:]
-        print_row(name, *form(".2f", numbers[:6]))
+        megabytes, memory_ratios, shares = numbers[5:7], numbers[7:9], numbers[9:]
+        print_row(name, *form(".2f", numbers[:5]))
         second_table.append([name, *form(".0f", megabytes), *form(".2f", memory_ratios), *form(".0%", shares)])
 
     print()
-    print_head(first, "TRL, MB", "ours, MB", "TRL ÷ ours", f"÷ {separate}", "of peak", medium, bfloat16)
+    print_head(first, "TRL, MB", "ours, MB", "TRL ÷ ours", f"÷ {separate}", "of peak", bfloat16)
     for cells in second_table:
         print_row(*cells)
 
@@ -436,6 +433,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["trl"]:
         trl(sys.argv[2], *map(int, sys.argv[3:]))
     elif sys.argv[1:2] == ["matmul"]:
-        matmul(int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+        matmul(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     else:
         main()
