@@ -453,12 +453,11 @@ class Actor(nn.Module):
         attention = F.pad(batch.query_mask, (0, T), value=True)
         # What is said at the token before it predicts a token; the last one predicts nothing. The only shift.
         before = slice(-T - 1, -1)
-        options = {"output_hidden_states": True, "use_cache": False}
-        output = self.run(self.lm, ids, attention, logits_to_keep=T + 1, **options)
-        logits = output.logits[:, before] / temperature
+        output = self.run(self.lm, ids, attention, logits_to_keep=T + 1, output_hidden_states=True, use_cache=False)
+        logits, states = output.logits[:, before] / temperature, output.hidden_states[-1]
         if self.critic is not None:
-            output = self.run(self.critic, ids, attention, **options)
-        features = output.hidden_states[-1][:, before].to(self.value_head.weight.dtype)
+            states = self.run(self.critic, ids, attention, use_cache=False).last_hidden_state
+        features = states[:, before].to(self.value_head.weight.dtype)
         values = self.unit * self.value_head(features).squeeze(-1)
         logprobs = logprobs_from_logits(logits, batch.responses)
         entropy = entropy_from_logits(logits) if with_entropy else torch.zeros_like(logprobs)
