@@ -8,7 +8,6 @@ One panel for the score, one for the KL to the reference, and one for each rewar
 of different length, only the updates that all of them have are drawn. The same runs give the same file.
 """
 import argparse
-import csv
 import json
 import math
 import statistics
@@ -45,7 +44,7 @@ STYLE = {
 
 
 def read_run(run: Path) -> dict[int, dict]:
-    """The metrics of each update. The first and the last line, evaluations on held-out prompts, are left out."""
+    """The metrics of each update, without the evaluations on held-out prompts."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise SystemExit(f"{path}: no such file, expected the folder of a run")
@@ -108,7 +107,7 @@ def draw(runs: list[dict[int, dict]]) -> Figure:
 
 def draw_details(path: Path) -> Figure:
     """A panel a task, a row a change: its score over the run less that of the defaults, and two standard errors."""
-    found = results.read(path)
+    found = results.read(results.largest(path))
     tasks = [task for task in results.KL_LEVELS if any(task == name for name, _, _ in found)]
     changes = dict.fromkeys(change for _, change, _ in found if change != "defaults")
     differences = {change: [results.worth(found, task, change)["mean"] for task in tasks] for change in changes}
@@ -136,8 +135,7 @@ def draw_penalty(path: Path) -> Figure:
 
     Small dots: the updates of all seeds. Large ones: held-out replies at the end, mean and range of the seeds.
     """
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = results.largest(path)
     figure = Figure(figsize=(8.6, 6.4), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="col")
     for line, (kind, symbol) in zip(panels, [("beta", "β"), ("target", "target")]):
@@ -170,11 +168,10 @@ def draw_penalty(path: Path) -> Figure:
 def draw_seeds(path: Path) -> Figure:
     """The learning curves of the runs in the CSV, of one setting."""
     runs = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if row["part"] == "train":
-                metrics = {"objective/scores": float(row["score"]), "objective/kl": float(row["kl"])}
-                runs.setdefault(row["seed"], {})[int(row["update"])] = metrics
+    for row in results.largest(path):
+        if row["part"] == "train":
+            metrics = {"objective/scores": float(row["score"]), "objective/kl": float(row["kl"])}
+            runs.setdefault(row["seed"], {})[int(row["update"])] = metrics
     return draw(list(runs.values()))
 
 

@@ -9,7 +9,8 @@
 
 Each run trains a GPT-2 from random weights, with one thread, until the mean score of three updates is above the goal of
 its task. A row of the output says after how many samples and CPU seconds that was. A change is a field of PPOConfig,
-beta2 or eps of AdamW, or critic. Runs that are in the output already are not repeated.
+beta2 or eps of AdamW, or critic: separate or none. Runs by the same ppo_llm.py that the output holds are not repeated.
+../study/trl_tasks.py adds TRL's rows.
 """
 import argparse
 import copy
@@ -17,14 +18,16 @@ import itertools
 import json
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-sys.path.insert(0, str(Path(__file__).parents[3]))
-from ppo_llm import Actor, PPOConfig, Prompt, State, ppo
+sys.path += [str(Path(__file__).parents[1] / "study"), str(Path(__file__).parents[3])]
+from ppo_llm import Actor, PPOConfig, Progress, Prompt, ppo
+from tasks import COMMIT
 
 
 def share(reply: list[int], divisor: int) -> float:
@@ -50,9 +53,9 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 STOP = 31  # of the task "length" alone
 # Each default alone, against other values that are in use.
 EACH = """
-    lam=0.95 vf_coef=0.1 vf_coef=1 cliprange_value=0.2 critic=separate critic=action-value critic=none
+    lam=0.95 vf_coef=0.1 vf_coef=1 cliprange_value=0.2 critic=separate critic=none
     target_kl=null target_kl=0.1 num_ppo_epochs=2 num_ppo_epochs=8 num_mini_batches=2 num_mini_batches=8
-    beta2=0.95 eps=1e-8 max_grad_norm=null max_grad_norm=0.3 whiten_advantages=false warmup_updates=3
+    beta2=0.95 eps=1e-8 max_grad_norm=1e9 max_grad_norm=0.3 whiten_advantages=false warmup_updates=3
 """.split()
 
 
@@ -72,24 +75,21 @@ def run(task: str, seed: int, rate: float, changes: dict) -> dict:
     model = GPT2LMHeadModel(config)
     ids = torch.randint(0, vocabulary - 2, (1024, prompt_length), generator=torch.Generator().manual_seed(0))
     prompts = [Prompt(row) for row in ids.tolist()]
-    cfg = PPOConfig(
-        **dict(num_updates=updates, batch_size=64, kl_coef=0.0, seed=seed, learning_rate=rate) | settings | changes
-    )
+    cfg = PPOConfig(**dict(num_updates=updates, batch_size=64, kl_coef=0.0, seed=seed) | settings | changes)
 
     def score(prompts, replies):
         return torch.tensor([score_one(prompt, reply) for prompt, reply in zip(prompts, replies)]), {}
 
-    trunk = copy.deepcopy(model) if critic == "separate" else None
-    actor = Actor(model, critic=trunk, action_values=critic == "action-value")
     ref = Actor(copy.deepcopy(model)).requires_grad_(False)
-    optimizer = torch.optim.AdamW(actor.parameters(), betas=betas, eps=eps, weight_decay=0.0, fused=True)
+    actor = Actor(model, critic=copy.deepcopy(model) if critic == "separate" else None)
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=rate, betas=betas, eps=eps, weight_decay=0.0, fused=True)
     stop_ids = [STOP] if task == "length" else []
     scores, explained = [], []
     samples = None
     started = time.process_time()
-    for metrics, _ in ppo(actor, ref, optimizer, prompts, score, stop_ids, cfg, State(cfg.kl_coef)):
+    for metrics, _ in ppo(actor, ref, optimizer, prompts, score, stop_ids, cfg, Progress(cfg.kl_coef)):
         scores.append(metrics["objective/scores"])
-        explained.append(metrics["val/explained_variance"])
+        explained.append(metrics.get("val/explained_variance", 0.0))  # it is left out where all returns are equal
         if fmean(scores[-3:]) > goal and len(scores) >= 3:
             samples = len(scores) * cfg.batch_size
             break
@@ -98,18 +98,20 @@ def run(task: str, seed: int, rate: float, changes: dict) -> dict:
 
 
 def table(paths: list[str]) -> None:
-    """A line a file, change and task: samples of each seed at each rate; mean CPU seconds and explained variance."""
+    """A line a file, commit, change and task: samples of each seed at each rate; mean CPU seconds, explained variance."""
     for path in paths:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        for change, task in dict.fromkeys((row["change"], row["task"]) for row in rows):
+        groups = defaultdict(lambda: defaultdict(list))  # of a commit, change and task: {rate: rows}
+        for line in Path(path).read_text().splitlines():
+            row = json.loads(line)
+            groups[row["commit"], row["change"], row["task"]][row["rate"]].append(row)
+        for (version, change, task), rates in groups.items():
             cells = []
-            for rate in sorted({row["rate"] for row in rows if (row["change"], row["task"]) == (change, task)}):
-                found = [row for row in rows if (row["change"], row["task"], row["rate"]) == (change, task, rate)]
+            for rate, found in sorted(rates.items()):
                 samples = ", ".join(str(row["samples"] or "never") for row in found)
                 seconds = fmean(row["seconds"] for row in found)
                 explained = fmean(row["explained"] for row in found)
                 cells.append(f"{rate:g}: {samples} ({seconds:.1f} s, {explained:.2f})")
-            print(f"{change:24} {task:9} {' | '.join(cells)}")
+            print(f"{version:8} {change:24} {task:9} {' | '.join(cells)}")
 
 
 def main() -> None:
@@ -128,7 +130,7 @@ def main() -> None:
     done = set()
     if args.out.exists():
         rows = map(json.loads, args.out.read_text().splitlines())
-        done = {(row["change"], row["task"], row["rate"], row["seed"]) for row in rows}
+        done = {(row["change"], row["task"], row["rate"], row["seed"]) for row in rows if row["commit"] == COMMIT}
     trials = [[], *([change] for change in EACH)] if args.each else [args.change]
     for trial in trials:
         change = " ".join(trial) or "default"
@@ -137,7 +139,8 @@ def main() -> None:
         for task, rate, seed in itertools.product(args.tasks, args.rates, args.seeds):
             if (change, task, rate, seed) in done:
                 continue
-            row = {"change": change, "task": task, "rate": rate, "seed": seed} | run(task, seed, rate, changes)
+            row = {"commit": COMMIT, "change": change, "task": task, "rate": rate, "seed": seed}
+            row |= run(task, seed, rate, changes)
             print(row, flush=True)
             with open(args.out, "a") as f:
                 f.write(json.dumps(row) + "\n")

@@ -1,20 +1,46 @@
-"""What the CSVs of study.py say. It needs nothing but Python, so that plot.py runs without torch."""
+"""What the CSVs of this folder say, as tables. It needs nothing but Python, so that plot.py runs without torch.
+
+    python runs/reference/study/results.py details        # or penalty, baselines, rates, step_size, bugs, smollm2, ...
+
+A CSV may hold runs by several versions of ppo_llm.py: each is a table of its own, and its runs are only compared with
+one another.
+"""
 import csv
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
+FOLDER = Path(__file__).parent
 # KL in nats per reply at which scores are compared, and that "adaptive KL" aims at: below where the defaults end.
 KL_LEVELS = {"demo": 3.0, "sums": 0.5, "ends": 3.0}
+# What names a run stands in its first row only. The commit is that of ppo_llm.py.
+RUN = "task change seed commit".split()
+COLUMNS = [*RUN, *"part update score kl fluency explained_variance".split()]
 
 
-def read(path: Path) -> dict[tuple, dict]:
-    """{(task, change, seed): what the table compares}."""
-    runs = defaultdict(list)
+def read_rows(path: Path) -> dict[str, list[dict]]:
+    """{commit: the rows of its runs}, every row with the name of its run."""
+    rows, run = defaultdict(list), {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            runs[row["task"], row["change"], int(row["seed"])].append(row)
+            if row["commit"]:
+                run = {name: row[name] for name in RUN}
+            rows[run["commit"]].append(row | run)
+    return rows
+
+
+def largest(path: Path) -> list[dict]:
+    """The rows by the commit that has most of them: what figures show."""
+    return max(read_rows(path).values(), key=len)
+
+
+def read(rows: list[dict]) -> dict[tuple, dict]:
+    """{(task, change, seed): what the table compares}."""
+    runs = defaultdict(list)
+    for row in rows:
+        runs[row["task"], row["change"], int(row["seed"])].append(row)
     results = {}
     for key, rows in runs.items():
         trained = [row for row in rows if row["part"] == "train"]
@@ -84,9 +110,8 @@ def ends(results: dict) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def table(path: Path) -> None:
+def compare(results: dict) -> None:
     """Markdown, sorted by the mean over tasks of the difference over the run; with nothing to compare, the ends."""
-    results = read(path)
     changes = {change for _, change, _ in results}
     if "defaults" not in changes or len(changes) == 1:
         return ends(results)
@@ -114,3 +139,54 @@ def table(path: Path) -> None:
         runs = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
         said = [f"{what} {fmean(run[what] for run in runs):.2f}" for what in ("before", "score", "kl", "mean")]
         print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(said)}")
+
+
+def mistakes(rows: list[dict]) -> None:
+    """Markdown: score, KL and fluency of each exhibit at the end, mean of five updates, less those of its control.
+
+    Mean and standard error over seeds; how often the run failed, if it did.
+    """
+    updates = defaultdict(lambda: defaultdict(list))  # of a task and a trial: {seed: rows}
+    for row in rows:
+        of_run = updates[row["task"], row["change"]][row["seed"]]
+        if row["part"] == "train":
+            of_run.append(row)
+
+    def at_end(rows: list[dict], what: str) -> float:
+        return fmean(float(row[what]) for row in rows[-5:]) if rows else math.nan
+
+    with open(FOLDER / "bias.csv", newline="") as file:
+        biases = list(csv.DictReader(file))
+    print("| mistake | demo: score | KL | fluency | sums: score | KL | angle | length | moved: angle | length |")
+    print("|---" * 10 + "|")
+    for bias in biases:
+        cells = [bias["exhibit"]]
+        for task, what in [("demo", "score"), ("demo", "kl"), ("demo", "fluency"), ("sums", "score"), ("sums", "kl")]:
+            wrong, right = updates[task, bias["exhibit"]], updates[task, bias["control"]]
+            differences = [at_end(wrong[seed], what) - at_end(right[seed], what) for seed in wrong if seed in right]
+            ran = [x for x in differences if not math.isnan(x)]
+            cells.append("{:+.2f} ± {:.2f}".format(*mean_and_error(ran)) if len(ran) > 1 else "")
+            if len(ran) < len(differences):
+                cells[-1] += f" ({len(differences) - len(ran)} of {len(differences)} failed)"
+        cells += [bias[name] for name in ("angle", "length", "angle_moved", "length_moved")]
+        print(f"| {' | '.join(cells)} |")
+    for (task, name), runs in updates.items():
+        if name.startswith("right code") and runs:
+            print(f"{task}, {name}, {len(runs)} seeds:", end="")
+            for what in ("score", "kl", "fluency") if task == "demo" else ("score", "kl"):
+                print(f" {what} {fmean(at_end(rows, what) for rows in runs.values()):.2f}", end="")
+            print()
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        for commit, rows in read_rows(FOLDER / f"{name}.csv").items():
+            print(f"By ppo_llm.py of commit {commit}:\n")
+            if name == "bugs":
+                mistakes(rows)
+            else:
+                compare(read(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@
     python runs/reference/study/study.py smollm2       # 40 minutes; its packages: see ../smollm2/smollm2.py
     python runs/reference/study/study.py smollm2-rates # two hours
     python runs/reference/study/study.py details --seeds 20 21 --tasks ends --changes lam=0.5       # some of it
-    python runs/reference/study/study.py details --table                                            # what was found
+    python runs/reference/study/results.py details                                                  # what was found
 
 details: from the defaults one change at a time, on three tasks, paired by seed: the same model, prompts and first
 replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo under several
@@ -15,8 +15,8 @@ strengths of the KL penalty, and of the stop without a penalty. baselines: what 
 of eight replies to the same prompt (trl_tasks.py adds TRL's PPO). smollm2: a real language model learns to be kind.
 smollm2-rates: six updates of it by learning rate and target-KL stop.
 
-Rows go to NAME.csv. A run that it holds is not repeated, so what was interrupted goes on; several may run at once on
-other seeds.
+Rows go to NAME.csv, or to --out. A run by the same ppo_llm.py that it holds is not repeated, so what was interrupted
+goes on; several may run at once on other seeds. Changes in the CSVs that are not here were settings of commit 0574b0b.
 """
 import argparse
 import itertools
@@ -24,9 +24,8 @@ from pathlib import Path
 
 import tasks
 import torch
-from results import KL_LEVELS, table
+from results import FOLDER, KL_LEVELS
 
-FOLDER = Path(__file__).parent
 DETAILS = {
     "defaults": {},
     "policy clip off": dict(cliprange=0.9999, cliprange_high=1e6),
@@ -37,19 +36,13 @@ DETAILS = {
     "lam=0.5": dict(lam=0.5),
     "lam=0.95": dict(lam=0.95),
     "critic separate": dict(critic="separate"),
-    "critic action-value": dict(critic_target="action-value"),
     "critic none": dict(vf_coef=0.0),
     "critic warm-up, 2 updates": dict(critic_warmup_updates=2),
     "advantages not whitened": dict(whiten_advantages=False),
-    "rewards whitened": dict(whiten_rewards=True),
-    "loss per sequence": dict(loss_aggregation="sequence"),
-    "loss by a constant": dict(loss_aggregation="constant"),
     "1 epoch": dict(num_ppo_epochs=1),
     "2 epochs": dict(num_ppo_epochs=2),
     "8 epochs": dict(num_ppo_epochs=8),
     "1 minibatch": dict(num_mini_batches=1),
-    "KL in the loss, k2": dict(kl_in="loss", kl_estimator="k2"),
-    "KL in the loss, k3": dict(kl_in="loss", kl_estimator="k3"),
     "no KL penalty": dict(kl_coef=0.0),
     "adaptive KL": dict(kl_target=KL_LEVELS, kl_horizon=1000.0),
     "entropy bonus 0.01": dict(ent_coef=0.01),
@@ -57,7 +50,6 @@ DETAILS = {
     "temperature 1.3": dict(temperature=1.3),
     "target KL off": dict(target_kl=None),
     "target KL 0.1": dict(target_kl=0.1),
-    "truncated replies bootstrapped": dict(bootstrap_truncated=True),
     "learning rate / 3": dict(learning_rate=1 / 3),  # times the task's
     "learning rate x 3": dict(learning_rate=3.0),
 }
@@ -113,12 +105,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS)
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--changes", nargs="+")
-    parser.add_argument("--table", action="store_true", help="print what the CSV says, run nothing")
+    parser.add_argument("--out", type=Path, help="by default NAME.csv, beside this file")
     args = parser.parse_args()
-    path = FOLDER / f"{args.study}.csv"
+    path = args.out or FOLDER / f"{args.study}.csv"
     names, seeds, changes = STUDIES[args.study]
-    if args.table:
-        return table(path)
     torch.set_num_threads(1)
     for seed, name in itertools.product(args.seeds or seeds, args.tasks or names):
         missing = [change for change in args.changes or changes if (name, change, seed) not in tasks.done(path)]

@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import random
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -40,8 +41,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[3]))
+HERE = Path(__file__).parents[3]
+sys.path.insert(0, str(HERE))
 import ppo_llm
+from results import COLUMNS, read_rows
 
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 CHAT += "{% if add_generation_prompt %}assistant{% endif %}"
@@ -68,7 +71,7 @@ def word_tokenizer(words: list[str], **special: str) -> PreTrainedTokenizerFast:
 def demo(seed: int) -> Task:
     ppo_llm.seed_everything(seed)
     model, tokenizer, prompts, held_out, rewards = ppo_llm.demo_task(seed)
-    return Task(model, tokenizer, prompts, held_out, rewards, ppo_llm.Demo())
+    return Task(model, tokenizer, prompts, held_out, rewards, ppo_llm.DEMO)
 
 
 def exact(prompts, completions, answer, **columns) -> list[float]:
@@ -155,7 +158,6 @@ def smollm2(seed: int) -> Task:
 
 SMALL = {"demo": demo, "sums": sums, "ends": ends}
 TASKS = SMALL | {"smollm2": smollm2}
-COLUMNS = "task change seed part update samples seconds score kl fluency explained_variance clipfrac".split()
 
 
 def centered(reward):
@@ -182,15 +184,15 @@ def train(task: Task, seed: int, center: bool = False, **changes) -> list[dict]:
         rewards = [centered(rewards[0]), *rewards]
         cfg = dataclasses.replace(cfg, reward_weights=(1.0, *[0.0] * len(task.rewards)))
     with tempfile.TemporaryDirectory() as folder:
-        cfg = dataclasses.replace(cfg, runs_dir=folder, name="run")
+        cfg = dataclasses.replace(cfg, output_dir=f"{folder}/run")
         quiet = io.StringIO()
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             model = copy.deepcopy(task.model)
             run = ppo_llm.train(cfg, task.prompts, rewards, model, task.tokenizer, task.held_out)
-        return read_run(run, score, cfg.batch_size)
+        return read_run(run, score)
 
 
-def read_run(run: Path, score: str, batch_size: int) -> list[dict]:
+def read_run(run: Path, score: str) -> list[dict]:
     """Rows of the run in this folder. score: the name of the reward function."""
     rows = []
     for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -200,23 +202,29 @@ def read_run(run: Path, score: str, batch_size: int) -> list[dict]:
         rows.append({
             "part": "train" if trained else "held-out",
             "update": m["update"],
-            "samples": m["update"] * batch_size,
-            "seconds": sum(x for key, x in m.items() if key.startswith("time/")) if trained else "",
             "score": m[f"{prefix}rewards/{score}"],
             "kl": m["objective/kl" if trained else "eval/kl"],
             "fluency": m.get(f"{prefix}rewards/fluency", ""),
             "explained_variance": m.get("val/explained_variance", ""),
-            "clipfrac": m.get("policy/clipfrac", ""),
         })
     return rows
 
 
+def which_commit() -> str:
+    """The commit that ppo_llm.py is of, with a + if it has been changed since."""
+    git = ["git", "-C", HERE]
+    found = subprocess.run([*git, "log", "-1", "--format=%h", "--", "ppo_llm.py"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "ppo_llm.py"]).returncode
+    return found.stdout.strip() + "+" * (changed != 0)
+
+
+COMMIT = which_commit()  # once: the file may change while its runs go on
+
+
 def done(path: Path) -> set[tuple]:
-    """The runs that the CSV holds: (task, change, seed)."""
-    if not path.exists():
-        return set()
-    with open(path, newline="") as file:
-        return {(row["task"], row["change"], int(row["seed"])) for row in csv.DictReader(file)}
+    """The runs by this ppo_llm.py that the CSV holds: (task, change, seed)."""
+    rows = read_rows(path).get(COMMIT, []) if path.exists() else []
+    return {(row["task"], row["change"], int(row["seed"])) for row in rows}
 
 
 def append(path: Path, task: str, change: str, seed: int, rows: list[dict]) -> None:
@@ -225,9 +233,11 @@ def append(path: Path, task: str, change: str, seed: int, rows: list[dict]) -> N
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     if not path.exists():
         writer.writeheader()
+    run = {"task": task, "change": change, "seed": seed, "commit": COMMIT}
     for row in rows:
         row = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items()}
-        writer.writerow({"task": task, "change": change, "seed": seed} | row)
+        writer.writerow(run | row)
+        run = {}  # only the first row names it
     with open(path, "a") as file:
         file.write(text.getvalue())
 
@@ -243,7 +253,7 @@ def main() -> None:
     task.model.save_pretrained(args.folder)
     task.tokenizer.save_pretrained(args.folder)
     for name, prompts in [("prompts", task.prompts), ("held_out", task.held_out)]:
-        rows = [json.dumps(ppo_llm.as_row(prompt)) + "\n" for prompt in prompts]
+        rows = [json.dumps({"prompt": x} if isinstance(x, str) else x) + "\n" for x in prompts]
         (args.folder / f"{name}.jsonl").write_text("".join(rows))
     files = f"--prompts {args.folder}/prompts.jsonl --eval-prompts {args.folder}/held_out.jsonl"
     print(f"python ppo_llm.py --model {args.folder} {files} --reward {__file__}:{task.rewards[0].__name__}", end="")
