@@ -117,7 +117,8 @@ def draw_details(path: Path) -> Figure:
         means, errors = zip(*(differences[change][i] for change in order))
         inside = [LOWEST <= mean <= HIGHEST for mean in means]
         shown = [mean if is_in else math.nan for mean, is_in in zip(means, inside)]
-        axes.errorbar(shown, order, xerr=[2 * error for error in errors], fmt="o", color=BLUE, markersize=4, linewidth=1)
+        bars = [2 * error for error in errors]
+        axes.errorbar(shown, order, xerr=bars, fmt="o", color=BLUE, markersize=4, linewidth=1)
         for y, (mean, is_in) in enumerate(zip(means, inside)):
             if not is_in:
                 text, x, side = (f"← {mean:.0f}", LOWEST, "left") if mean < 0 else (f"{mean:.0f} →", HIGHEST, "right")
@@ -143,8 +144,9 @@ def draw_penalty(path: Path) -> Figure:
         changes = sorted(changes, key=lambda change: float(change.split("=")[1]))
         for i, change in enumerate(changes):
             color = matplotlib.colormaps["viridis"](0.25 + 0.6 * i / (len(changes) - 1))
-            updates = [row for row in rows if row["change"] == change and row["part"] == "train"]
-            ends = [row for row in rows if row["change"] == change and row["part"] == "held-out" and row["update"] != "0"]
+            of_change = [row for row in rows if row["change"] == change]
+            updates = [row for row in of_change if row["part"] == "train"]
+            ends = [row for row in of_change if row["part"] == "held-out" and row["update"] != "0"]
             kl = [float(row["kl"]) for row in ends]
             for axes, what in zip(line, ("score", "fluency")):
                 dots = [float(row["kl"]) for row in updates], [float(row[what]) for row in updates]

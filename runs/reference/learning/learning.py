@@ -98,7 +98,7 @@ def run(task: str, seed: int, rate: float, changes: dict) -> dict:
 
 
 def table(paths: list[str]) -> None:
-    """A line a file, commit, change and task: samples of each seed at each rate; mean CPU seconds, explained variance."""
+    """A line a commit, change and task: samples of each seed at each rate; mean CPU seconds and explained variance."""
     for path in paths:
         groups = defaultdict(lambda: defaultdict(list))  # of a commit, change and task: {rate: rows}
         for line in Path(path).read_text().splitlines():

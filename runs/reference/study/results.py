@@ -72,8 +72,8 @@ def mean_and_error(xs: list[float]) -> tuple[float, float]:
 
 
 def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float]]:
-    """Differences from the defaults, with standard errors. Mean: in percent of what the defaults gain over the run. Score,
-    at the end and at equal KL: in percent of what they gain by the end. KL: in nats per reply."""
+    """Differences from the defaults, with standard errors. Mean: in percent of what the defaults gain over the run.
+    Score, at the end and at equal KL: in percent of what they gain by the end. KL: in nats per reply."""
     seeds = [s for t, c, s in results if (t, c) == (task, change) and (t, "defaults", s) in results]
     pairs = [(results[task, change, seed], results[task, "defaults", seed]) for seed in seeds]
     defaults = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]

@@ -139,7 +139,7 @@ def smollm2(seed: int) -> Task:
     sys.path.append(str(Path(__file__).parents[1] / "smollm2"))
     from smollm2 import sentiment
 
-    folder = Path("SmolLM2")
+    folder = HERE / "SmolLM2"
     if not folder.is_dir():
         raise SystemExit(f"{folder}: no such folder, make it by runs/reference/smollm2/smollm2.py {folder}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

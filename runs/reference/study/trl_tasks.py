@@ -76,7 +76,7 @@ class Reward(torch.nn.Module):
 
 
 class Rows(TrainerCallback):
-    """Rows as those of tasks.train, of each update. Ends the training once the mean score of three is above the goal."""
+    """Rows as those of tasks.train, of each update. Ends the run once the mean score of three is above the goal."""
 
     def __init__(self, reward: Reward, goal: float):
         self.reward, self.goal, self.rows = reward, goal, []
@@ -114,7 +114,7 @@ def train(task: tasks.Task, seed: int, goal: float = float("inf"), **changes) ->
             bf16=False,
             gradient_checkpointing=False,
             per_device_train_batch_size=cfg.batch_size,
-            local_rollout_forward_batch_size=cfg.batch_size,  # batches of unequal length would be padded, then looked up
+            local_rollout_forward_batch_size=cfg.batch_size,  # else shorter ones are padded, by an id that no logit has
             gradient_accumulation_steps=1,
             num_mini_batches=4,
             total_episodes=cfg.num_updates * cfg.batch_size,

@@ -1,0 +1,54 @@
+"""Makes any figure or table of this folder again.
+
+    python runs/reference/reproduce.py                       # lists them: time of one core to measure, and commands
+    python runs/reference/reproduce.py details               # prints its table and draws its figure, from the rows
+    python runs/reference/reproduce.py details --measure     # before that, makes the rows which this ppo_llm.py lacks
+
+The commands run in this folder. Figures need matplotlib; TRL needs an environment of its own: see study/trl_tasks.py.
+"""
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TRL = "../../trl-venv/bin/python"
+DEMOS = "for i in 2 3 4 5; do python ../../ppo_llm.py --seed $i --output-dir demo-seed$i; done"
+GONE = "echo its settings or mistakes are those of commit 0574b0b: measure there && false"
+STUDY, TABLE, LEARN = "python study/study.py", "python study/results.py", "python learning/learning.py"
+EVEN = "--seeds 10 11 12 13 14 15 16 17 18 19 --tasks even"
+EACH = "--seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --each"
+RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
+    "demo": ("5 min", "python plot.py demo demo-seed[2-5] -o demo.svg",
+             f"python ../../ppo_llm.py --output-dir demo && {DEMOS}"),  # into folders that are not there yet
+    "details": ("3 h", f"{TABLE} details && python plot.py study/details.csv", f"{STUDY} details"),
+    "penalty": ("45 min", f"{TABLE} penalty && python plot.py study/penalty.csv", f"{STUDY} penalty"),
+    "baselines": ("90 min", f"{TABLE} baselines", f"{STUDY} baselines && {TRL} study/trl_tasks.py"),
+    "rates": ("30 min", f"{TABLE} rates", f"{STUDY} rates"),
+    "smollm2": ("40 min", f"{TABLE} smollm2 && python plot.py study/smollm2.csv", f"{STUDY} smollm2"),
+    "smollm2-rates": ("2 h", f"{TABLE} smollm2-rates", f"{STUDY} smollm2-rates"),
+    "step_size": ("gone", f"{TABLE} step_size", GONE),
+    "bugs": ("gone", f"{TABLE} bugs", GONE),
+    "even": ("10 min", f"{LEARN} --table learning/even.jsonl", f"{LEARN} {EVEN} --out learning/even.jsonl"),
+    "even-trl": ("15 min", f"{LEARN} --table learning/trl.jsonl",
+                 f"{TRL} study/trl_tasks.py --tasks even --rates 3e-4 1e-3 3e-3 1e-2 --seeds 10 11 12"),
+    "each": ("50 min", f"{LEARN} --table learning/each.jsonl", f"{LEARN} {EACH} --out learning/each.jsonl"),
+    "units": ("10 min", f"{LEARN} --table learning/before.jsonl learning/defaults.jsonl",
+              f"{LEARN} --seeds 10 11 12 --out learning/defaults.jsonl"),
+    "speed": ("15 min", "", "python bench/compare.py --updates 3"),
+    "speed-trl": ("1 h", "", f"python bench/compare.py --trl {TRL} --updates 3"),
+}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("name", nargs="?", choices=RESULTS)
+parser.add_argument("--measure", action="store_true")
+args = parser.parse_args()
+if args.name is None:
+    for name, (takes, show, measure) in RESULTS.items():
+        print(f"{name:14} {takes:7} {show or '(it prints what it measures)'}\n{'':22} {measure}")
+    sys.exit()
+_, show, measure = RESULTS[args.name]
+path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is the one that runs this
+for command in [measure] * args.measure + [show]:
+    if subprocess.run(command, shell=True, cwd=Path(__file__).parent, env=os.environ | {"PATH": path}).returncode:
+        sys.exit(f"{args.name}: this failed: {command}")
