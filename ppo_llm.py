@@ -14,22 +14,22 @@ and knows nothing of files, flags or the terminal. Part II is the program around
 
 Start reading at `ppo`, near the end of Part I: it is the loop, and one update of it has six steps:
 
-  1. Generate: the policy writes a reply to each of B prompts (`sample_replies`). All that is known of them is a
-     `Rollout`.
+  1. Generate: the policy writes a reply to each of B prompts (`sample_replies`). A `Rollout` holds the replies and all
+     that is computed for them.
   2. Score: a function of yours gives each reply a number, or one for each of its tokens.
   3. Log-probabilities and values: one forward pass of the policy gives both for every token of the replies. A frozen
      copy of the first policy, the reference, gives its own log-probabilities (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is -β·KL, and what the score gives it. A value V is what the critic expects of
-     the rewards still to come, an advantage how much better it went than that, a return what the critic should have
-     said. With γ = λ = 1, the defaults, an advantage is the sum of the rewards still to come, less V
-     (`compute_advantages`).
+  4. Advantages: the reward of a token is its score less β·KL. A return is the sum of the rewards still to come, a
+     value V is what the critic predicts of it, an advantage is how much better it went than predicted. With
+     γ = λ = 1, the defaults, an advantage is the return less V, before whitening (`compute_advantages`).
   5. Update: several epochs of minibatches on the clipped surrogate and the value loss (`ppo_update`).
   6. Metrics: what happened, over the trained tokens only (`rollout_metrics`).
 
 Ours, not PPO's:
 
-- The critic predicts in a unit of its own, the spread of the returns, and its mean error is taken off before it learns
-  (`Actor.fit_returns`). So settings mean the same whether scores are of size 0.01 or 100, or all near 1000.
+- The critic predicts in a unit of its own, the spread of the returns, and before each update its bias is moved so
+  that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no change whether
+  scores are of size 0.01 or 100, or all near 1000. (kl_coef does: it is a price in score units per nat.)
 - An update in which KL(old ‖ new) passes `target_kl` ends early. OpenAI's Spinning Up has such a stop too.
 - All random numbers of an update come from (seed, update), so that a resumed run needs no state of any generator.
 
@@ -58,8 +58,9 @@ from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The mathematics: pure functions of tensors. Each can be copied out alone.
-#    A mask is True on the tokens that the policy wrote, and may have holes. Its other cells may hold anything, even
-#    NaN, and change nothing: torch.where drops what they hold, where a multiplication by 0 would keep NaN.
+#    A mask is True on the tokens that the policy wrote. It may have holes: text inside a reply that an environment
+#    wrote, such as the output of a tool. Cells outside the mask may hold anything, even NaN, and change nothing:
+#    torch.where drops what they hold, where a multiplication by 0 would keep NaN.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +153,8 @@ def token_rewards(
     T = mask.shape[1]
     if scores.ndim == 1:
         scores = F.pad(scores.unsqueeze(1), (T - 1, 0))
-    earner = torch.where(mask, torch.arange(T), -1).cummax(1).values  # [B, T], -1 before the first written token
+    # [B, T], the last written token up to each, -1 before the first.
+    earner = torch.where(mask, torch.arange(T, device=mask.device), -1).cummax(1).values
     scores = torch.where(earner >= 0, scores, 0.0)
     rewards = torch.zeros_like(scores).scatter_add(1, earner.clamp(min=0), scores)
     if kl_coef > 0:  # else the KL need not even be known
@@ -171,8 +173,8 @@ def gae(
 
         δ_t = r_t + γ·V_{t+1} - V_t          A_t = δ_t + γλ·A_{t+1}          return_t = A_t + V_t
 
-    values[:, t] is V of the state before token t. After the last token V is 0, also if the length budget cut the reply
-    off. Time runs over the tokens of the mask: a hole takes none. Other cells of both results are 0.
+    values[:, t] is V of the state before token t. After the last token V is 0, even if the reply was cut off at its
+    longest. Time runs over the tokens of the mask: a hole takes none. Other cells of both results are 0.
     """
     next_advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = torch.zeros_like(values)
@@ -223,7 +225,7 @@ def value_loss(
 ) -> tuple:  # [], stats
     """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
 
-    The clip is not in the PPO paper; it is that of openai/baselines (ppo2). stats: the share of tokens where it binds.
+    The clip is not in the PPO paper; it comes from openai/baselines (ppo2). stats: the share of tokens where it binds.
     """
     error = larger_error = torch.where(mask, new_values - returns, 0.0) ** 2
     if cliprange_value is not None:
@@ -237,7 +239,7 @@ def value_loss(
 # 2. The settings of the algorithm
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A type, what is expected of a setting of it, and the test of that: for the reader, and for `Config` in Part II.
+# A type, what is expected of a setting of it, and the test of that. Part I does not apply the tests, Part II does.
 Count = Annotated[int, "1 or more", lambda x: x >= 1]
 Whole = Annotated[int, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
@@ -254,7 +256,7 @@ class PPOConfig:
     samples_per_prompt: Count = 1  # replies to each prompt of an update
     response_length: Count = 64  # longest reply, in tokens, T
     temperature: Positive = 1.0  # of the policy, in sampling and in every log-probability
-    seed: int = 1  # of everything: same seed, same run
+    seed: int = 1  # of everything: on the same machine the same seed gives the same run
 
     # KL penalty (Ziegler et al. 2019).
     kl_coef: NotNegative = 0.05  # β, weight of the KL to the first policy, score units per nat
@@ -270,7 +272,7 @@ class PPOConfig:
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
     num_mini_batches: Count = 4  # optimizer steps per pass
-    micro_batch_size: Count = 16  # replies computed at a time; their logits take about 3 × b × T × V × 4 bytes
+    micro_batch_size: Count = 16  # replies computed at a time; logits, log π, gradient: 3 × b × T × V × 4 bytes
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up, towards 0
     warmup_updates: Whole = 0  # updates of linear learning-rate warm-up
     max_grad_norm: Positive = 1.0  # gradient clipping
@@ -280,7 +282,7 @@ class PPOConfig:
     vf_coef: NotNegative = 0.3  # c1, weight of the value loss
     ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus
     target_kl: Positive | None = 1.0  # KL(old ‖ new), nats per token, that ends an update; None: off
-    critic_warmup_updates: Whole = 0  # first updates, in which only the critic is trained
+    critic_warmup_updates: Whole = 0  # first updates, which train only the value head, or the critic's own model too
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -296,25 +298,26 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """The replies of one update and all that is known of them, on the CPU. What is None is filled in step by step.
+    """The replies of one update and all that is computed for them, on the CPU. What is None is filled in step by step.
 
-    Rewards, values and returns are in units of the score, advantages in that of the critic, if not whitened.
+    Rewards, values and returns are in units of the score. Advantages are divided by the critic's unit (`Actor.unit`),
+    then whitened if that is asked for.
     """
     queries: Tensor  # [B, P] int, prompt tokens, padded on the left
     query_mask: Tensor  # [B, P] bool, False on that padding
-    responses: Tensor  # [B, T] int, reply tokens, padded on the right
+    responses: Tensor  # [B, T] int, reply tokens, padded on the right with any token
     present: Tensor  # [B, T] bool, False on that padding
-    mask: Tensor  # [B, T] bool, True on the tokens that the policy wrote and is trained on; holes: an environment's
+    mask: Tensor  # [B, T] bool, True on the tokens that the policy wrote and is trained on; False where `present` is
     sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, only compared with `logprobs`
     logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
-    values: Tensor = None  # [B, T] V_old of the state before each token
+    values: Tensor = None  # [B, T] V_old of the state before each token; `compute_advantages` moves all by one number
     ref_logprobs: Tensor = None  # [B, T] log π_ref of each token, NaN if there is no reference
     rewards: Tensor = None  # [B, T] score less β·KL
     advantages: Tensor = None  # [B, T]
-    returns: Tensor = None  # [B, T] what the critic should have said
+    returns: Tensor = None  # [B, T] what the critic should have predicted
 
-    def replies(self) -> list:
+    def replies(self):
         """The tokens of each reply, without padding."""
         return [response[present].tolist() for response, present in zip(self.responses, self.present)]
 
@@ -330,7 +333,8 @@ class Rollout:
 
 
 # Every process holds the whole rollout and computes some rows of it, with 0 in the others: their sum is the whole. With
-# one process these two do nothing.
+# one process these two do nothing. With several, the group must take tensors of CPU and GPU ("cpu:gloo,cuda:nccl"), and
+# who spreads the model over them must add gradients up, not average them: in Part II that is FSDP2.
 
 
 def world() -> tuple:
@@ -373,9 +377,11 @@ class Head(nn.Linear):
 
 
 class Actor(nn.Module):
-    """A causal language model of transformers as the policy, and a critic: a linear head on hidden states.
+    """A causal language model of transformers as the policy, and a critic: a linear head on hidden states. The
+    reference is an Actor too, whose critic nobody asks.
 
-    lm: the model, which is trained in place; adapters of peft may sit on it.
+    lm: the model, which is trained in place, and whose output head is replaced by a `Head` with the same weights;
+    adapters of peft may sit on its layers.
     dtype: of matrix products (autocast). Weights that are trained must be float32, or ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
     """
@@ -406,17 +412,17 @@ class Actor(nn.Module):
 
     @property
     def unit(self) -> Tensor:  # []
-        """What the value head's outputs are multiplied with: the largest spread of returns so far, at first 1."""
+        """What the value head's outputs are multiplied with: the largest spread of returns so far, or 1 before that."""
         return self.spread.where(self.spread > 0, 1.0)
 
     @torch.no_grad()
-    def fit_returns(self, spread: float, shift: float) -> None:
+    def fit_returns(self, spread: float, shift: float):
         """Widen the critic's unit to `spread`, which leaves every V as it is; then move every V by `shift`.
 
         After PopArt, arXiv 1809.04474. Errors of the critic are then of size 1 and mean 0 whatever the scores are, so
-        vf_coef and the value clip mean the same for all, and no constant that all scores share shakes the trunk that
-        critic and policy share. The unit never shrinks: a policy that has learned gives returns that hardly differ, and
-        a small change of them must not become a huge error.
+        vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the weights that
+        critic and policy share. Once known, the unit never shrinks: a policy that has learned gives almost equal
+        returns, and a small change of them must not become a huge error.
         """
         before = float(self.unit)
         self.spread.clamp_(min=spread)
@@ -444,14 +450,14 @@ class Actor(nn.Module):
     ):  # [b, T], [b, T], [b, T]
         """(logprobs, entropy, values) of the reply tokens, [b, T] each, with gradient: see `Rollout`.
 
-        Old and new ones both come from here, so the first ratio is 1. with_entropy=False gives an entropy of 0: where
-        the vocabulary is large and the model small, it would cost as much as all the rest.
+        Old and new ones both come from here, so the first ratio is 1 up to rounding. with_entropy=False gives an
+        entropy of 0: where the vocabulary is large and the model small, it would cost as much as all the rest.
         """
         T = batch.responses.shape[1]
         ids = torch.cat([batch.queries, batch.responses], 1)
         # Attention is causal, so no token sees the padding to its right: only that on the left must be masked.
         attention = F.pad(batch.query_mask, (0, T), value=True)
-        # What is said at the token before it predicts a token; the last one predicts nothing. The only shift.
+        # The output at a token predicts the next one, and that at the last token is not used. This is the only shift.
         before = slice(-T - 1, -1)
         output = self.run(self.lm, ids, attention, logits_to_keep=T + 1, output_hidden_states=True, use_cache=False)
         logits, states = output.logits[:, before] / temperature, output.hidden_states[-1]
@@ -483,7 +489,8 @@ def sample_replies(
     stop_ids: list[int],
     cfg: PPOConfig,
 ) -> Rollout:
-    """A rollout with a reply to each prompt, from the whole distribution. What is said of the replies is not in it yet.
+    """A rollout with a reply to each prompt, from the whole distribution (no top-k, no top-p). What is None in
+    `Rollout` is filled in later.
 
     One random number per token is drawn for all replies beforehand: so, up to rounding, a reply depends neither on its
     neighbours nor on the device. Eight micro-batches are decoded together, as no activations are kept.
@@ -542,10 +549,10 @@ def fill_logprobs_and_values(
     ref: Actor | None,
     rollout: Rollout,
     cfg: PPOConfig,
-) -> None:
-    """Fill in what policy, critic and reference say of every reply token, by the forward that training uses.
+):
+    """Fill in the outputs of policy, critic and reference for every reply token, by the forward that training uses.
 
-    FloatingPointError if policy or critic say what is no number.
+    FloatingPointError if one of them is NaN or infinite.
     """
     B, T = rollout.mask.shape
     filled = torch.zeros(4, B, T, dtype=actor.value_head.weight.dtype)
@@ -554,8 +561,8 @@ def fill_logprobs_and_values(
         said.append(ref(batch, cfg.temperature, with_entropy=False)[0] if ref else math.nan * said[0])
         filled[:, rows, : batch.mask.shape[1]] = torch.stack(said).cpu()
     filled = torch.where(rollout.mask, all_sum(filled), 0.0)
-    if not filled[:3].isfinite().all():
-        raise FloatingPointError("probabilities or values are no numbers: the policy has diverged; lower its rate")
+    if not filled[: 4 if ref else 3].isfinite().all():
+        raise FloatingPointError("probabilities or values are NaN or infinite; lower the learning rate")
     rollout.logprobs, rollout.entropy, rollout.values, rollout.ref_logprobs = filled
 
 
@@ -565,20 +572,20 @@ def compute_advantages(
     scores: Tensor,  # [B] or [B, T]
     kl_coef: float,
     cfg: PPOConfig,
-) -> None:
-    """Fill in rewards, advantages and returns, and fit the critic's unit and mean to them."""
+):
+    """Fit the critic's unit and mean error to the rewards, then fill in rewards, advantages and returns."""
     mask = rollout.mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
     rollout.rewards = token_rewards(scores, kl, mask, kl_coef)
-    advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
-    # The critic's unit and mean follow the returns that were sampled, and by how much V was wrong on average.
-    sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma, lam=1.0)
+    # The sums of rewards that came after each token, without the critic: λ = 1 and V = 0.
+    sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
     spread = float(sampled_returns[mask].std(correction=0))
     if spread < 1e-6 * sampled_returns.abs().max():  # all are equal, but for rounding
         spread = 0.0
-    shift = float(masked_mean(advantages, mask))
+    shift = float(masked_mean(sampled_returns - rollout.values, mask))
     actor.fit_returns(spread, shift)
-    rollout.values += shift  # still what the actor says: the value clip is around it
+    rollout.values += shift  # what the actor says from now on
+    advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
     rollout.advantages = advantages / float(actor.unit)
     if cfg.whiten_advantages:
         rollout.advantages = masked_whiten(rollout.advantages, mask)
@@ -616,7 +623,7 @@ def ppo_update(
 
     Each trained token of a step has the same weight, however the step is cut into micro-batches. Statistics are of the
     policy before the step. A step that finds the policy beyond target_kl is not taken and ends the update; it counts in
-    the means. FloatingPointError for a step whose loss or gradient is no number, which is not taken either.
+    the means. FloatingPointError for a step whose loss or gradient is NaN or infinite, which is not taken either.
     """
     B = len(rollout.mask)
     steps, too_far = [], False
@@ -637,7 +644,7 @@ def ppo_update(
             norm = nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm)
             step["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # or of shards
             if not math.isfinite(sum(step.values())):
-                raise FloatingPointError("loss or gradient of a step are no numbers; lower the learning rate")
+                raise FloatingPointError("loss or gradient of a step is NaN or infinite; lower the learning rate")
             steps.append(step)
             too_far = cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl
             if too_far:
@@ -675,13 +682,16 @@ def ppo(
 ) -> Iterator[tuple]:
     """Train the actor in place until cfg.num_updates updates are done. Yields the metrics and four samples of each.
 
-    ref: the frozen first policy; None, where kl_coef is 0, saves its memory and leaves the KL out of the metrics.
+    ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own first rate times the schedule.
     score(prompts, replies) -> (scores, metrics): replies are lists of token ids; scores are floats on the CPU, [B], or
-    [B, T] for one a token; metrics are floats by name, to be logged. stop_ids: the tokens that end a reply.
+    [B, T] with a number for the t-th token of a reply in column t, T the width of the rollout; metrics are floats by
+    name, to be logged. Where there are several processes, all must get the same. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
-    sample, loss: what takes the place of `sample_replies`, such as an environment or a serving engine, and of
-    `ppo_loss`. A sample is (prompt, token ids of the reply, score, KL in nats).
+    sample: what takes the place of `sample_replies`, such as an environment or a serving engine. It gives the whole
+    rollout, a row for each prompt in their order, with all fields that are not None at first.
+    loss: what takes the place of `ppo_loss`. It gives a mean over `batch.mask`, and at least the statistic
+    "policy/approxkl". A sample that is yielded is (prompt, token ids of the reply, score, KL in nats).
 
     Raises ValueError for settings, scores or rollouts that cannot be, FloatingPointError for a policy that diverges.
     """
@@ -701,7 +711,7 @@ def ppo(
             raise ValueError("sample: expected `mask` to be True only where `present` is")
         clock.append(time.perf_counter())
 
-        # 2. Score each whole reply.
+        # 2. Score the replies.
         replies = rollout.replies()
         scores, own_metrics = score(drawn, replies)
         B, T = rollout.mask.shape
@@ -744,7 +754,7 @@ def ppo(
         yield metrics, list(zip(drawn, replies, reply_scores.tolist(), reply_kl(rollout).tolist()))[:4]
 
 
-def check_batch(cfg: PPOConfig) -> None:
+def check_batch(cfg: PPOConfig):
     """ValueError if a batch cannot be cut as the settings ask."""
     parts = world()[1] * math.lcm(cfg.num_mini_batches, cfg.samples_per_prompt)
     if cfg.batch_size % parts:
@@ -754,7 +764,7 @@ def check_batch(cfg: PPOConfig) -> None:
         )
 
 
-def seed_everything(*parts) -> None:
+def seed_everything(*parts):
     """Seed Python, NumPy and torch from (seed, update), so that a resume needs no state of any generator."""
     from transformers import set_seed
 
@@ -787,7 +797,7 @@ def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
 def rollout_metrics(rollout: Rollout, scores: Tensor) -> dict[str, float]:  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
-    What is not known is left out, such as the KL to no reference, or what share is explained where nothing differs.
+    What is not known is left out: the KL if there is no reference, the explained variance if all returns are equal.
     """
     mask = rollout.mask
     returns = rollout.returns[mask]  # [N], N trained tokens
@@ -1612,7 +1622,7 @@ def parse(argv: list[str] | None) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the run failed, 2 it could not begin, 130 interrupted. None: the arguments of Python."""
+    """Exit status: 0 done, 1 the run failed, 2 it could not begin, 130 interrupted. argv None: the command line."""
     status = 2
     try:
         task = prepare(parse(argv))

@@ -477,7 +477,9 @@ def tiny(kind="gpt2", V=7, seed=0):
     torch.manual_seed(seed)
     tokens = dict(vocab_size=V, bos_token_id=None, eos_token_id=STOP)
     if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3, **tokens)
+        config = transformers.GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3, **tokens
+        )
         return transformers.GPT2LMHeadModel(config).double()
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
     config = transformers.LlamaConfig(max_position_embeddings=32, initializer_range=0.4, **sizes, **tokens)
@@ -659,9 +661,13 @@ def test_the_recipe_of_an_action_value_critic():
     """Before the update V(s) = Σ_a π(a|s)·Q(s, a); in it the value loss moves the Q(s, a) of tokens that came, and of no
     others."""
     actor, _, rollout = experience(separate="Q")
-    P.fill_logprobs_and_values(actor, None, before := dataclasses.replace(rollout, advantages=None), settings_of())
+    P.fill_logprobs_and_values(
+        actor, None, before := dataclasses.replace(rollout, advantages=None), settings_of()
+    )
     for prompt, reply, said in each_reply(before):
-        states = actor.lm.base_model(torch.tensor([prompt + reply])).last_hidden_state[0, len(prompt) - 1 : -1]
+        states = actor.lm.base_model(torch.tensor([prompt + reply])).last_hidden_state[
+            0, len(prompt) - 1 : -1
+        ]
         Q = actor.unit * actor.value_head(states)
         pi = distributions(actor.lm, prompt, reply)[:-1].exp()
         assert error(said.values, (pi * Q).sum(1)) < 1e-9
@@ -798,8 +804,8 @@ def test_a_reply_is_made_by_its_own_random_numbers(monkeypatch):
 @given(st.data(), masks(holes=True).filter(torch.any), st.booleans(), st.booleans())
 @settings(max_examples=60)
 def test_advantages_are_their_parts_in_order(data, mask, each_token, whiten):
-    """KL in the reward, GAE, then whitening, or the critic's unit. The unit follows the deviation of the returns that
-    were sampled, and V moves by its mean error."""
+    """KL in the reward; the unit follows the deviation of the returns that were sampled, and V moves by its mean error
+    against them; GAE from the moved V; then the critic's unit, and whitening."""
     kind = data.draw(st.sampled_from(["k1", "k2", "k3"]))
     cfg = PPOConfig(gamma=0.9, lam=0.8, kl_estimator=kind, whiten_advantages=whiten)
     logprobs, ref, values = (cells(data.draw, mask) for _ in range(3))
@@ -809,18 +815,18 @@ def test_advantages_are_their_parts_in_order(data, mask, each_token, whiten):
     fitted = []
     critic = SimpleNamespace(unit=2.0, fit_returns=lambda spread, shift: fitted.extend([spread, shift]))
     P.compute_advantages(critic, rollout, scores, 0.3, cfg)
-    assert error(rollout.values[mask], values[mask] + fitted[1]) < 1e-9
 
     rewards = P.token_rewards(scores, P.kl_estimate(logprobs, ref, kind), mask, 0.3)
-    advantages, returns = P.gae(rewards, values, mask, 0.9, 0.8)
     sampled = [discounted_sums(x[row].tolist(), 0.9) for x, row in zip(rewards, mask)]
-    spread = real(sum(sampled, [])).std(correction=0)
-    assert error(fitted, [spread, average(advantages[mask])]) < 1e-5
+    sampled = real(sum(sampled, []))
+    shift = average(sampled - values[mask])
+    advantages, returns = P.gae(rewards, values + shift, mask, 0.9, 0.8)
+    expected = P.masked_whiten(advantages / 2, mask) if whiten else advantages / 2
+    assert error(fitted, [sampled.std(correction=0), shift]) < 1e-5
+    assert error(rollout.values[mask], values[mask] + shift) < 1e-9
     assert error(rollout.rewards, rewards) == 0
-    assert error(rollout.returns, returns) < 1e-12
-    assert (
-        error(rollout.advantages, P.masked_whiten(advantages / 2, mask) if whiten else advantages / 2) < 1e-9
-    )
+    assert error(rollout.returns, returns) < 1e-9
+    assert error(rollout.advantages, expected) < 1e-8
 
 
 @pytest.mark.parametrize("seed, holes", [(0, False), (1, True)])
@@ -880,11 +886,9 @@ def language(actor, ref, lengths, cfg, each_token, holes):
         rollout = with_hole(rollout)
         environment = ENVIRONMENT[replies[:, 1]].where(present[:, 1], 1.0)
     P.fill_logprobs_and_values(actor, ref, rollout, cfg)
-    values = rollout.values.clone()
     history = (replies * real([1, 3, 9])).cumsum(1) + queries.sum(1, keepdim=True)
     scores = torch.where(present, history.sin(), 0.0)  # a score knows nothing of later tokens
     P.compute_advantages(actor, rollout, scores if each_token else scores.sum(1), cfg.kl_coef, cfg)
-    rollout.values = values
     probability = rollout.logprobs.sum(1).exp() * environment
     assert error(probability.sum(), len(lengths)) < 1e-10  # the list is complete
     rollout.advantages *= probability.unsqueeze(1) * actor.unit * rollout.mask.sum()
@@ -1218,16 +1222,17 @@ def test_scores_a_hundred_times_as_large_change_no_policy_step(whiten):
     assert error(small, large) < 1e-6
 
 
-def test_scores_a_thousand_higher_change_no_policy_step():
-    """In the first update, with whitening. After it the critic is not far off: the loss is no million."""
-    for n in (1, 2):
-        cfg = settings_of(num_updates=n, kl_coef=0.0, whiten_advantages=True)
-        low, high = (
-            trained(cfg, lambda prompts, replies: (offset + fours(prompts, replies)[0], {}))
-            for offset in (0, 1000)
-        )
-        assert n == 2 or error(low[0], high[0]) < 1e-6
-        assert high[1][-1]["loss/value"] < 10
+@pytest.mark.parametrize("whiten, lam", [(False, 1.0), (True, 1.0), (False, 0.9), (True, 0.9)])
+def test_scores_a_thousand_higher_change_no_step(whiten, lam):
+    """Whatever λ is: V has moved by the thousand before the first advantages, so that it is in no error of the critic."""
+    cfg = settings_of(num_updates=2, kl_coef=0.0, whiten_advantages=whiten, lam=lam)
+    low, high = (
+        trained(cfg, lambda prompts, replies: (offset + fours(prompts, replies)[0], {}))
+        for offset in (0, 1000)
+    )
+    assert error(low[0], high[0]) < 1e-6
+    for row, other in zip(low[1], high[1]):
+        assert row["loss/value"] == pytest.approx(other["loss/value"], abs=1e-6)
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -1295,7 +1300,7 @@ def test_a_mask_beyond_the_reply_is_refused():
 def test_a_policy_that_has_diverged_is_seen():
     actor, optimizer, progress = learner(settings_of())
     actor.lm.get_output_embeddings().weight.data[0] = math.nan
-    with pytest.raises(FloatingPointError, match="the policy has diverged"):
+    with pytest.raises(FloatingPointError, match="probabilities or values are NaN"):
         next(updates(actor, optimizer, progress, settings_of()))
 
 
@@ -1642,7 +1647,7 @@ WRONG = [
     (dict(reward="rewards.py:worth"), "--reward 'rewards.py:worth'", "is not a tuple"),
     (dict(batch_size="8"), "--batch-size '8'", "is not an instance of int"),
     (dict(kl_estimator="k4"), "--kl-estimator 'k4'", "is not any of"),
-    (dict(reward_weights=(1, "2")), "--reward-weights (1, '2')", ""),
+    (dict(reward_weights=(1, "2")), "--reward-weights (1, '2')", "item 1 is neither"),
     (dict(batch_size=0), "--batch-size 0", "expected 1 or more"),
     (dict(save_every=-1), "--save-every -1", "expected 1 or more"),
     (dict(warmup_updates=-1), "--warmup-updates -1", "expected "),
