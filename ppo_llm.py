@@ -1260,7 +1260,7 @@ def fingerprint(model: nn.Module, prompts: list[Prompt]) -> dict[str, int]:
     return {"initial_model": hash(weights), "prompt_tokens": hash(tokens)}  # of numbers: the same in every process
 
 
-def read_config(run: str) -> tuple:
+def read_config(run: str):
     """The settings of a run, and the fingerprint of what it began with."""
     with about(f"--resume {run}: expected the folder of a run of this ppo_llm.py"):
         saved = json.loads(Path(run, "config.json").read_text())
@@ -1385,7 +1385,7 @@ def prepare(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, 
     return task
 
 
-def evaluate_held_out(task: Task) -> tuple:
+def evaluate_held_out(task: Task):
     """Replies to all held-out prompts, a batch at least, from the same seed each time: metrics and a few samples.
 
     Each metric is a mean over replies and, under its name with _se, the standard error of that mean.
@@ -1548,7 +1548,7 @@ def fluency(prompts, completions, **columns):
     return [float(bool(REVIEW.fullmatch(prompt + text))) for prompt, text in zip(prompts, completions)]
 
 
-def demo_task(seed: int, steps: int = 160) -> tuple:
+def demo_task(seed: int, steps: int = 160):
     """A small Llama, trained on film reviews from the grammar: model, tokenizer, prompts, held-out prompts, rewards."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from tqdm import tqdm
@@ -1577,11 +1577,13 @@ def demo_task(seed: int, steps: int = 160) -> tuple:
     def review() -> str:
         return clause() + "".join(f" {pick(LINKS)} {clause()}" for _ in range(pick([0, 0, 1, 1, 2, 3]))) + " . </s> "
 
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
-    for _ in tqdm(range(steps), desc="language model", leave=False, disable=None):
+    optimizer = torch.optim.AdamW(lm.parameters())
+    for step in tqdm(range(steps), desc="language model", leave=False, disable=None):
         texts = ["".join(review() for _ in range(5)) for _ in range(32)]  # at least 6 tokens each
         ids = tokenizer(texts, truncation=True, max_length=30, return_tensors="pt")["input_ids"]
         lm(input_ids=ids, labels=ids).loss.backward()
+        # From a large rate down to 0: models taught with a small or a constant one are not as stable under PPO.
+        optimizer.param_groups[0]["lr"] = 1.5e-2 * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
     parts = itertools.product(NOUNS, VERBS, [*ADVERBS, ""])
