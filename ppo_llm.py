@@ -1583,7 +1583,7 @@ def demo_task(seed: int, steps: int = 160):
         ids = tokenizer(texts, truncation=True, max_length=30, return_tensors="pt")["input_ids"]
         lm(input_ids=ids, labels=ids).loss.backward()
         # From a large rate down to 0: models taught with a small or a constant one are not as stable under PPO.
-        optimizer.param_groups[0]["lr"] = 1.5e-2 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
     parts = itertools.product(NOUNS, VERBS, [*ADVERBS, ""])

@@ -18,6 +18,7 @@ GONE = "echo its settings or mistakes are those of commit 0574b0b: measure there
 STUDY, TABLE, LEARN = "python study/study.py", "python study/results.py", "python learning/learning.py"
 EVEN = "--seeds 10 11 12 13 14 15 16 17 18 19 --tasks even"
 EACH = "--seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --each"
+REDESIGN = "--seeds 30 31 32 33 34 --rates 3e-3 --tasks last first length kl even --out learning/redesign.jsonl"
 RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "demo": ("5 min", "python plot.py demo demo-seed[2-5] -o demo.svg",
              f"python ../../ppo_llm.py --output-dir demo && {DEMOS}"),  # into folders that are not there yet
@@ -35,6 +36,7 @@ RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "each": ("50 min", f"{LEARN} --table learning/each.jsonl", f"{LEARN} {EACH} --out learning/each.jsonl"),
     "units": ("10 min", f"{LEARN} --table learning/before.jsonl learning/defaults.jsonl",
               f"{LEARN} --seeds 10 11 12 --out learning/defaults.jsonl"),
+    "redesign": ("10 min", f"{LEARN} --table learning/redesign.jsonl", f"{LEARN} {REDESIGN}"),
     "speed": ("15 min", "", "python bench/compare.py --updates 3"),
     "speed-trl": ("1 h", "", f"python bench/compare.py --trl {TRL} --updates 3"),
 }
