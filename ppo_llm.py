@@ -1181,7 +1181,7 @@ def make_optimizer(cfg: Config, actor: Actor) -> torch.optim.Optimizer:
     own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
     rates = (actor.lm.parameters(), cfg.learning_rate), (own, critic_lr)
     groups = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in rates]  # `ppo` scales the initial ones
-    return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
+    return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1578,7 +1578,7 @@ def demo_task(seed: int, steps: int = 160):
         return clause() + "".join(f" {pick(LINKS)} {clause()}" for _ in range(pick([0, 0, 1, 1, 2, 3]))) + " . </s> "
 
     optimizer = torch.optim.AdamW(lm.parameters())
-    for step in tqdm(range(steps), desc="language model", leave=False, disable=None):
+    for step in tqdm(range(steps), desc="language model", disable=None):
         texts = ["".join(review() for _ in range(5)) for _ in range(32)]  # at least 6 tokens each
         ids = tokenizer(texts, truncation=True, max_length=30, return_tensors="pt")["input_ids"]
         lm(input_ids=ids, labels=ids).loss.backward()
