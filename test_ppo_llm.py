@@ -287,6 +287,8 @@ def test_gae_is_its_definition(data, mask, gamma, lam):
     advantages, returns = P.gae(rewards, values, mask, gamma, lam)
     at_0, _ = P.gae(rewards, values, mask, gamma, lam=0.0)
     _, at_1 = P.gae(rewards, values, mask, gamma)
+    _, plain = P.gae(rewards, values, mask)
+    assert error(plain, P.gae(rewards, values, mask, 1.0)[1]) == 0
     for x in (advantages, returns, at_0, at_1):
         assert not x[~mask].any()
     for b, row in enumerate(mask):
@@ -683,7 +685,7 @@ def test_fit_returns_widens_without_a_change_of_v_and_then_moves_it():
     actor = tiny_actor()
     rollout = replies_to(actor)
     before = torch.tensor(0)
-    for spread, shift, unit in ((0.0, 0.0, 1), (3.0, 0.0, 3), (1.0, 0.7, 3), (5.0, -2.0, 5)):
+    for spread, shift, unit in ((0.0, 0.0, 1), (0.5, 0.0, 0.5), (3.0, 0.0, 3), (1.0, 0.7, 3), (5.0, -2.0, 5)):
         actor.fit_returns(spread, shift)
         P.fill_logprobs_and_values(actor, None, rollout, settings_of())
         assert actor.unit == unit
@@ -1094,6 +1096,7 @@ def test_each_term_of_the_loss_has_its_coefficient():
     assert error(plain, stats["loss/policy"]) < 1e-12
     assert error(loss(vf_coef=0.5)[0] - plain, 0.5 * stats["loss/value"]) < 1e-12
     assert error(loss(ent_coef=0.5)[0] - plain, -0.5 * average(batch.entropy[batch.mask])) < 1e-9
+    assert not actor(batch, 1.0, with_entropy=False)[1].any()
     new_logprobs, new_values, returns = (
         batch.logprobs,
         batch.values / actor.unit,
@@ -1233,6 +1236,14 @@ def test_scores_a_thousand_higher_change_no_step(whiten, lam):
     assert error(low[0], high[0]) < 1e-6
     for row, other in zip(low[1], high[1]):
         assert row["loss/value"] == pytest.approx(other["loss/value"], abs=1e-6)
+
+
+def test_rounding_is_no_spread():
+    """Returns of 0.1 each, whose mean is not 0.1 in floating point: the unit stays 1."""
+    _, _, rollout = experience()
+    actor = P.Actor(tiny())
+    P.compute_advantages(actor, rollout, torch.full((8,), 0.1, dtype=REAL), 0.0, settings_of())
+    assert actor.unit == 1
 
 
 @pytest.mark.parametrize("whiten", [False, True])
