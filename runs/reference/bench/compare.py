@@ -115,7 +115,6 @@ def make_folder(work: Path, size: str, stops: int = 0) -> Path:
 def trl(size: str, batch: int, reply: int, updates: int) -> None:
     """Runs in TRL's environment; the last line printed is the seconds of each update."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
