@@ -489,7 +489,7 @@ def tiny(kind="gpt2", V=7, seed=0):
 
 
 def tiny_actor(kind="gpt2", V=7, seed=0, separate=False):
-    """An actor whose value head is random too. separate: its critic is a model of its own, or "Q", which is a recipe."""
+    """An actor whose value head is random too. separate: its critic is a model of its own, or "Q", a recipe."""
     make = QActor if separate == "Q" else P.Actor
     actor = make(tiny(kind, V, seed), critic=tiny(kind, V, seed + 5) if separate is True else None)
     for p in actor.value_head.parameters():
@@ -660,8 +660,8 @@ def test_values_are_the_heads_of_the_models_own_states(separate):
 
 
 def test_the_recipe_of_an_action_value_critic():
-    """Before the update V(s) = Σ_a π(a|s)·Q(s, a); in it the value loss moves the Q(s, a) of tokens that came, and of no
-    others."""
+    """Before the update V(s) = Σ_a π(a|s)·Q(s, a). In it the value loss moves the Q(s, a) of the tokens that came, and
+    of no others."""
     actor, _, rollout = experience(separate="Q")
     P.fill_logprobs_and_values(
         actor, None, before := dataclasses.replace(rollout, advantages=None), settings_of()
@@ -1227,7 +1227,7 @@ def test_scores_a_hundred_times_as_large_change_no_policy_step(whiten):
 
 @pytest.mark.parametrize("whiten, lam", [(False, 1.0), (True, 1.0), (False, 0.9), (True, 0.9)])
 def test_scores_a_thousand_higher_change_no_step(whiten, lam):
-    """Whatever λ is: V has moved by the thousand before the first advantages, so that it is in no error of the critic."""
+    """Whatever λ is: V has moved by the thousand before the first advantages, so that no error of the critic has it."""
     cfg = settings_of(num_updates=2, kl_coef=0.0, whiten_advantages=whiten, lam=lam)
     low, high = (
         trained(cfg, lambda prompts, replies: (offset + fours(prompts, replies)[0], {}))
@@ -2256,7 +2256,7 @@ def test_three_processes_go_on_with_what_one_saved(finished, half):
     assert_alike(half / "alone", finished)
 
 
-# ----------------------------------------------------------------------------------------- the demo, README and the rest
+# ---------------------------------------------------------------------------------------- the demo, README and the rest
 
 
 @pytest.mark.slow
