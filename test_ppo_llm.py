@@ -2176,10 +2176,10 @@ for life in range(99):
         os.dup2(1, 2)
         os._exit(ppo_llm.main(["--resume", "x"] if os.path.exists("x/config.json") else sys.argv[1:]))
     end = time.monotonic() + rng.uniform(0.2, 1.5)
-    while life < 16 and time.monotonic() < end and not (life % 2 and end - time.monotonic() < 1
+    while life < 12 and time.monotonic() < end and not (life % 2 and end - time.monotonic() < 1
                                                          and os.path.exists("x/unfinished")):
         time.sleep(0.001)
-    if life < 16:
+    if life < 12:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     if os.WIFEXITED(status):
@@ -2189,11 +2189,11 @@ for life in range(99):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_never_disturbed(command, tmp_path, capsys):
-    """SIGKILL 16 times, every other time in the middle of a save, if there is one soon."""
+    """SIGKILL 12 times, every other time in the middle of a save, if there is one soon."""
     arguments = command("--num-updates 40 --save-every 1 --output-dir x")
     words = [sys.executable, "-c", KILLER.replace("MODULE", __name__), *arguments]
     done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert done.stderr.strip() == "16 lives, status 0", (tmp_path / "life.txt").read_text()
+    assert done.stderr.strip() == "12 lives, status 0", (tmp_path / "life.txt").read_text()
     assert P.main([*arguments, "--output-dir", f"{tmp_path}/alone"]) == 0
     assert outcome(tmp_path / "x") == outcome(tmp_path / "alone")
 
