@@ -113,7 +113,7 @@ def ends(results: dict) -> None:
 def compare(results: dict) -> None:
     """Markdown, sorted by the mean over tasks of the difference over the run; with nothing to compare, the ends."""
     changes = {change for _, change, _ in results}
-    if "defaults" not in changes or len(changes) == 1:
+    if "defaults" not in changes or len({(task, change) for task, change, _ in results}) == 1:
         return ends(results)
     names = [task for task in KL_LEVELS if any(task == name for name, _, _ in results)]
     lines = []
@@ -137,7 +137,8 @@ def compare(results: dict) -> None:
         print(line)
     for task in names:
         runs = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
-        said = [f"{what} {fmean(run[what] for run in runs):.2f}" for what in ("before", "score", "kl", "mean")]
+        means = {what: mean_and_error([run[what] for run in runs]) for what in ("before", "score", "kl", "mean")}
+        said = ["{} {:.2f} ± {:.2f}".format(what, *both) for what, both in means.items()]
         print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(said)}")
 
 
