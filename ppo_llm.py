@@ -49,7 +49,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Annotated, Callable, Iterator, Literal
+from typing import Annotated, Callable, Literal
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,7 @@ from torch import Tensor, nn
 def response_mask(
     responses: Tensor,  # [B, T]
     stop_ids: list[int],
-) -> Tensor:  # [B, T] bool
+):  # [B, T] bool
     """True on the reply: every token up to and including the first stop token, or all T if there is none.
 
     Never derived from `token != pad`: the pad token may equal EOS, and content may equal pad.
@@ -80,7 +80,7 @@ def response_mask(
 def masked_mean(
     x: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
-) -> Tensor:  # []
+):  # []
     """Mean over the cells of the mask, 0 if there are none."""
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
@@ -88,26 +88,29 @@ def masked_mean(
 def masked_whiten(
     x: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
-) -> Tensor:  # [B, T]
-    """Shift and scale the cells of the mask to mean 0 and variance 1. The others become 0.
+):  # [B, T]
+    """Shift and scale the cells of the mask to mean 0 and variance 1, the population's. The others become 0.
 
-    The variance is the population's; the 1e-8 under the root keeps one cell, or equal cells, from giving NaN.
+    Cells that are all equal, but for the rounding of float32, become 0 too. In float64: the mean of equal numbers would
+    differ from them by rounding, which the division would blow up.
     """
-    centered = torch.where(mask, x - masked_mean(x, mask), 0.0)
-    variance = masked_mean(centered**2, mask)
-    return centered * torch.rsqrt(variance + 1e-8)
+    wide = x.double()
+    centered = torch.where(mask, wide - masked_mean(wide, mask), 0.0)
+    std = masked_mean(centered**2, mask).sqrt()
+    are_equal = std <= 1e-6 * masked_mean(wide.abs(), mask)
+    return torch.where(are_equal, 0.0, centered / std).to(x.dtype)
 
 
 def logprobs_from_logits(
     logits: Tensor,  # [..., V]
     tokens: Tensor,  # [...]
-) -> Tensor:  # [...]
+):  # [...]
     """log π(token) in nats."""
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def entropy_from_logits(logits: Tensor) -> Tensor:  # [..., V] -> [...]
+def entropy_from_logits(logits: Tensor):  # [..., V] -> [...]
     """Entropy of the next-token distribution, in nats: 0 when it is certain, log V when it is uniform."""
     logprobs = logits.log_softmax(-1)
     # Where a logit is -inf, p·log p must be 0, not NaN. Below -1000 p is 0 in any type, so nothing else changes.
@@ -118,7 +121,7 @@ def kl_estimate(
     logprobs: Tensor,  # [B, T]
     ref_logprobs: Tensor,  # [B, T]
     kind: str = "k1",
-) -> Tensor:  # [B, T]
+):  # [B, T]
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
@@ -129,14 +132,14 @@ def kl_estimate(
     return {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d}[kind]
 
 
-def adaptive_kl_coef(kl_coef, kl, target, horizon, episodes) -> float:
+def adaptive_kl_coef(kl_coef, kl, target, horizon, episodes):
     """The next β of the proportional controller of Ziegler et al. 2019, section 2.2: up when KL is above its target.
 
     kl and target are in nats per reply. The relative error is clipped to ±0.2, so that `horizon` episodes spent far
-    from the target change β by about a fifth.
+    from the target change β by about a fifth, and one call by no more, however many its episodes.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * episodes / horizon)
+    return kl_coef * (1 + error * min(1, episodes / horizon))
 
 
 def token_rewards(
@@ -144,7 +147,7 @@ def token_rewards(
     kl: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
     kl_coef: float,
-) -> Tensor:  # [B, T]
+):  # [B, T]
     """Reward of each token: its score less β·KL_t (Ziegler et al. 2019, eq. 2).
 
     A number for the whole reply belongs to its last token. A number for a token that the policy did not write, such as
@@ -168,7 +171,7 @@ def gae(
     mask: Tensor,  # [B, T]
     gamma: float = 1.0,
     lam: float = 1.0,
-) -> tuple:  # [B, T], [B, T]
+):  # [B, T], [B, T]
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16; PPO eq. 11-12), backwards in time:
 
         δ_t = r_t + γ·V_{t+1} - V_t          A_t = δ_t + γλ·A_{t+1}          return_t = A_t + V_t
@@ -194,7 +197,7 @@ def policy_loss(
     mask: Tensor,  # [B, T]
     cliprange: float = 0.2,
     cliprange_high: float | None = None,
-) -> tuple:  # [], stats
+):  # [], stats
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
     A is the advantage. A token whose ρ has left [1-ε, 1+ε] in the direction that A asks for has no gradient any
@@ -222,7 +225,7 @@ def value_loss(
     returns: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
     cliprange_value: float | None = None,
-) -> tuple:  # [], stats
+):  # [], stats
     """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
 
     The clip is not in the PPO paper; it comes from openai/baselines (ppo2). stats: the share of tokens where it binds.
@@ -249,7 +252,7 @@ Share = Annotated[float, "a number in [0, 1]", lambda x: 0 <= x <= 1]
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """What Part I reads. Names are those of TRL's PPOConfig where the thing is the same."""
+    """The algorithm. Names are those of TRL's PPOConfig where the thing is the same."""
     # Rollout.
     num_updates: Count = 100  # updates in all; an update is a batch of replies and the PPO epochs on it
     batch_size: Count = 128  # replies per update, B
@@ -337,7 +340,7 @@ class Rollout:
 # who spreads the model over them must add gradients up, not average them: in Part II that is FSDP2.
 
 
-def world() -> tuple:
+def world():
     """This process's number and how many there are: torchrun's, where a process group has been started."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -354,8 +357,8 @@ def micro_batches(
     index: Tensor,  # [n]
     size: int,
     device,
-) -> Iterator[tuple]:
-    """This process's share of the replies `index`, cut into micro-batches: (their indices, the micro-batch).
+):
+    """Yields this process's share of the replies `index`, cut into micro-batches: (their indices, the micro-batch).
 
     Sorted by length, so that little is computed for padding.
     """
@@ -562,7 +565,7 @@ def fill_logprobs_and_values(
         filled[:, rows, : batch.mask.shape[1]] = torch.stack(said).cpu()
     filled = torch.where(rollout.mask, all_sum(filled), 0.0)
     if not filled[: 4 if ref else 3].isfinite().all():
-        raise FloatingPointError("probabilities or values are NaN or infinite; lower the learning rate")
+        raise FloatingPointError("probabilities or values are NaN or infinite; in training, lower the learning rate")
     rollout.logprobs, rollout.entropy, rollout.values, rollout.ref_logprobs = filled
 
 
@@ -579,13 +582,15 @@ def compute_advantages(
     rollout.rewards = token_rewards(scores, kl, mask, kl_coef)
     # The sums of rewards that came after each token, without the critic: λ = 1 and V = 0.
     sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
+    rounding = 1e-6 * sampled_returns.abs().max()  # of float32: what differs by less is equal
     spread = float(sampled_returns[mask].std(correction=0))
-    if spread < 1e-6 * sampled_returns.abs().max():  # all are equal, but for rounding
+    if spread < rounding:
         spread = 0.0
     shift = float(masked_mean(sampled_returns - rollout.values, mask))
     actor.fit_returns(spread, shift)
     rollout.values += shift  # what the actor says from now on
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
+    advantages[advantages.abs() < rounding] = 0  # else whitening would blow them up
     rollout.advantages = advantages / float(actor.unit)
     if cfg.whiten_advantages:
         rollout.advantages = masked_whiten(rollout.advantages, mask)
@@ -596,7 +601,7 @@ def compute_advantages(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def ppo_loss(actor: Actor, batch: Rollout, cfg: PPOConfig) -> tuple:  # [], stats
+def ppo_loss(actor: Actor, batch: Rollout, cfg: PPOConfig):  # [], stats
     """PPO eq. 9, negated: policy loss + c1 value loss - c2 entropy, means over the trained tokens of a micro-batch."""
     mask, unit = batch.mask, actor.unit
     new_logprobs, entropy, new_values = actor(batch, cfg.temperature, with_entropy=cfg.ent_coef > 0)
@@ -618,7 +623,7 @@ def ppo_update(
     cfg: PPOConfig,
     critic_only: bool = False,
     loss: Callable = ppo_loss,
-) -> dict[str, float]:
+):
     """PPO, algorithm 1: several epochs of shuffled minibatches, an optimizer step each. Returns means over the steps.
 
     Each trained token of a step has the same weight, however the step is cut into micro-batches. Statistics are of the
@@ -679,7 +684,7 @@ def ppo(
     progress: Progress,
     sample: Callable = sample_replies,
     loss: Callable = ppo_loss,
-) -> Iterator[tuple]:
+):
     """Train the actor in place until cfg.num_updates updates are done. Yields the metrics and four samples of each.
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
@@ -771,14 +776,14 @@ def seed_everything(*parts):
     set_seed(random.Random(str(parts)).getrandbits(32))
 
 
-def schedule(update: int, cfg: PPOConfig) -> float:
+def schedule(update: int, cfg: PPOConfig):
     """Share of the learning rate in update `update`, counted from 1: linear warm-up, then the decay over the rest."""
     done = max(0, update - 1 - cfg.warmup_updates) / max(1, cfg.num_updates - cfg.warmup_updates)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return min(1.0, update / (cfg.warmup_updates + 1)) * decay[cfg.lr_scheduler_type]
 
 
-def draw_prompts(prompts: list, update: int, cfg: PPOConfig) -> list:
+def draw_prompts(prompts: list, update: int, cfg: PPOConfig):
     """The prompts of an update, each samples_per_prompt times, from a stream: pass after pass, each in a new order."""
     count = cfg.batch_size // cfg.samples_per_prompt
     epoch, first = divmod((update - 1) * count, len(prompts))
@@ -789,15 +794,16 @@ def draw_prompts(prompts: list, update: int, cfg: PPOConfig) -> list:
     return [prompt for prompt in stream[first : first + count] for _ in range(cfg.samples_per_prompt)]
 
 
-def reply_kl(rollout: Rollout) -> Tensor:  # -> [B]
+def reply_kl(rollout: Rollout):  # -> [B]
     """Σ_t KL_t of each reply, in nats, by k1. For one reply it may be negative, on average it is not."""
     return torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(1)
 
 
-def rollout_metrics(rollout: Rollout, scores: Tensor) -> dict[str, float]:  # scores [B]
+def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
     What is not known is left out: the KL if there is no reference, the explained variance if all returns are equal.
+    With λ < 1 the returns that it is of hold V themselves, so it flatters the critic.
     """
     mask = rollout.mask
     returns = rollout.returns[mask]  # [N], N trained tokens
@@ -819,13 +825,15 @@ def rollout_metrics(rollout: Rollout, scores: Tensor) -> dict[str, float]:  # sc
 # An error is an ordinary exception, with notes that say what it is about; `main` alone makes one line of it.
 # ----------------------------------------------------------------------------------------------------------------------
 
+import asyncio
 import atexit
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -841,11 +849,13 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from typeguard import typechecked
 
-Reward = Callable[..., list[float]]  # f(prompts, completions, **columns), as in TRL's GRPOTrainer
+OWN_COLUMNS = set("prompts completions completion_ids raw_completions".split())  # what a reward gets besides the rows'
 
 
 @contextlib.contextmanager
@@ -858,6 +868,22 @@ def about(what: str):
         raise
 
 
+@contextlib.contextmanager
+def foreign(what: str):
+    """Around a user's code. What that does to the random numbers, gradient mode and default type of torch, or to the
+    working directory, ends with it. Python's and NumPy's random numbers are seeded anew in each update. Its sys.exit()
+    is an error.
+    """
+    dtype = torch.get_default_dtype()
+    try:
+        with about(what), torch.random.fork_rng(devices=[]), torch.enable_grad(), contextlib.chdir("."):
+            yield
+    except SystemExit as e:
+        raise RuntimeError(f"{what}: it called sys.exit()") from e
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. The settings of a run
 # ----------------------------------------------------------------------------------------------------------------------
@@ -868,20 +894,20 @@ class TaskConfig:
     """What is trained, on which prompts, and for which rewards."""
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
     prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and columns; None: the demo's
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns) -> floats
-    reward_model: tuple[str, ...] = ()  # hub names or folders of sequence classifiers that score prompt and reply
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns) -> list of floats
+    reward_model: tuple[str, ...] = ()  # name or folder of a sequence classifier for prompt and reply
     reward_label: str | None = None  # the label that scores, of reward models with several; None: they have one
-    reward_weights: tuple[float, ...] | None = None  # of --reward, then --reward-model; 0 measures only; None: all 1
+    reward_weights: tuple[float, ...] = ()  # of each --reward, then --reward-model; 0 measures only; none: all 1
     missing_eos_penalty: NotNegative = 0.0  # off the score of a reply that no stop token ends
     eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
-    stop_token: str | None = None  # one more token that ends a reply; None: the model's EOS tokens only
+    stop_token: tuple[str, ...] = ()  # text of a token that ends a reply, beside the model's EOS
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Optimizer and critic; where and how it runs."""
     learning_rate: Positive = 1e-5  # of AdamW, at its highest
-    critic_lr: NotNegative | None = None  # the same for what only the critic uses; None: the policy's
+    critic_lr: Positive | None = None  # the same for what only the critic uses; None: the policy's
     critic: str = "shared"  # a head on the policy's hidden states; separate: on a copy of it; or a model to start from
     output_dir: str | None = None  # new folder of the run; None: runs/TIME
     save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C and on errors
@@ -909,6 +935,10 @@ class Config(TaskConfig, PPOConfig, RunConfig):
                         raise ValueError(f"expected {expected}")
         if self.kl_target is not None and (self.kl_coef == 0 or self.kl_horizon < self.batch_size):
             raise ValueError("--kl-target: expected with it a --kl-coef above 0 and a --kl-horizon of a batch or more")
+        if self.reward_label and not self.reward_model:
+            raise ValueError("--reward-label: expected with it a --reward-model")
+        if self.critic_warmup_updates >= self.num_updates:
+            raise ValueError("--critic-warmup-updates: expected fewer than --num-updates, or the policy never moves")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -921,18 +951,23 @@ def load_prompts(path: str | None) -> list:
     if path is None:
         return []
     with about(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line"):
-        read = {".txt": str, ".jsonl": json.loads}[Path(path).suffix]
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        return [read(line) for line in lines if line.strip()]
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it is not in UTF-8")
+        read = {".txt": str, ".jsonl": lambda line: dict(json.loads(line))}[Path(path).suffix]
+        return [read(line) for line in text.split("\n") if line.strip()]
 
 
 def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
     """Tokenize prompts: texts, or chat messages, by the tokenizer's template. Those that are too long are dropped.
 
-    Every row gets the columns of all rows, None where it lacks one.
+    The columns `tools` and `chat_template_kwargs` of a chat go to the template, as in TRL. Every row gets the columns
+    of all rows, None where it lacks one.
     """
     rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
     columns = dict.fromkeys(key for row in rows for key in row)
+    if OWN_COLUMNS & columns.keys():
+        raise ValueError(f"no column of the prompts may be called {' or '.join(sorted(OWN_COLUMNS & columns.keys()))}")
     prompts = []
     for row in rows:
         text = row.get("prompt")
@@ -940,11 +975,14 @@ def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
             if isinstance(text, str):
                 ids = tokenizer(text)["input_ids"]
             else:
-                ids = tokenizer.apply_chat_template(text, return_dict=True, add_generation_prompt=True)["input_ids"]
+                given = {"tools": row.get("tools")} | (row.get("chat_template_kwargs") or {})
+                ids = tokenizer.apply_chat_template(text, return_dict=False, add_generation_prompt=True, **given)
             if not ids or max(ids) >= vocabulary:
                 raise ValueError(f"it has no token, or one that the model does not know: {ids}")
         if len(ids) <= room:
             prompts.append(Prompt(ids, columns | row))
+    if rows and not prompts:
+        raise ValueError(f"all {len(rows)} prompts have more than {room} tokens")
     if len(prompts) < len(rows):
         print(f"Dropped {len(rows) - len(prompts)} of {len(rows)} prompts, of more than {room} tokens")
     return prompts
@@ -959,11 +997,11 @@ def reply_text(tokenizer, prompt: Prompt, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_reward(spec: str) -> Reward:
+def load_reward(spec: str) -> Callable:
     """The function that `path/to/file.py:function` names."""
     path, _, name = spec.rpartition(":")
     sys.path.insert(0, os.path.dirname(path))  # what stands beside the file can be imported by it
-    with about(f"--reward {spec}: expected FILE.py:FUNCTION"):
+    with foreign(f"--reward {spec}: expected FILE.py:FUNCTION"):
         file = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(file)
         sys.modules.setdefault(file.name, module)  # pickle looks there; but no other module of this name is pushed out
@@ -971,51 +1009,51 @@ def load_reward(spec: str) -> Reward:
         return getattr(module, name)
 
 
-def load_reward_model(name: str, device: torch.device, cfg: Config) -> Reward:
+def load_reward_model(name: str, device: torch.device, cfg: Config) -> Callable:
     """A sequence classifier as a reward function: the logit of its label, or of --reward-label if it has several.
 
-    It reads prompt and reply together, by its own tokenizer and chat template; of texts too long for it, the end.
+    It reads prompt and reply together, by its own tokenizer and chat template; of texts too long for it, the end. A
+    text at a time: how padding must be masked differs between classifiers. It is not shown whether a reply has ended,
+    as its EOS may be another: --missing-eos-penalty is for that.
     """
-    from transformers import pipeline
-
-    model = load("ModelForSequenceClassification", name)
+    model = load("ModelForSequenceClassification", name).to(device)
     tokenizer = load("Tokenizer", name)
     tokenizer.truncation_side = "left"
-    # A decoder finds the last token of a padded text by its pad token: without one, a text at a time.
-    at_once = 1 if model.config.get_text_config().pad_token_id is None else cfg.micro_batch_size
-    judge = pipeline("text-classification", model, tokenizer=tokenizer, device=device, batch_size=at_once)
     labels = [*model.config.id2label.values()]
-    label = labels[0] if len(labels) == 1 else cfg.reward_label
+    label = cfg.reward_label if cfg.reward_label or len(labels) > 1 else labels[0]
     if label not in labels:
         raise ValueError(f"--reward-label {label}: expected one of {', '.join(labels)}, the labels of {name}")
 
     def score(prompts: list, completions: list, **columns) -> list[float]:
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
-        is_chat = not isinstance(texts[0], str)
-        if is_chat:  # the template writes all special tokens
-            texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
-        said = judge(
-            texts,
-            function_to_apply="none",
-            top_k=None,
-            add_special_tokens=not is_chat,
-            truncation=True,
-            max_length=min(most_tokens(model), tokenizer.model_max_length),
-        )
-        return [row["score"] for rows in said for row in rows if row["label"] == label]
+        scores = []
+        for prompt, completion in zip(prompts, completions):
+            text, is_chat = prompt + completion, not isinstance(prompt, str)
+            if is_chat:  # the template writes all special tokens
+                text = tokenizer.apply_chat_template(text, tokenize=False)
+            inputs = tokenizer(
+                text,
+                add_special_tokens=not is_chat,
+                truncation=True,
+                max_length=min(most_tokens(model), tokenizer.model_max_length),
+                return_tensors="pt",
+            )
+            with torch.no_grad():
+                scores.append(float(model(**inputs.to(device)).logits[0, labels.index(label)]))
+        return scores
 
     score.__name__ = Path(name).name
     return score
 
 
-def ask(reward: Reward, columns: dict[str, list]) -> Tensor:  # -> [B]
+def ask(reward: Callable, columns: dict[str, list]) -> Tensor:  # -> [B]
     """What a reward function says of each reply, NaN where it says None, that it does not apply.
 
     After an error it is asked for each reply alone, so that the error names the first reply that it comes for.
     """
     prompts, completions = columns["prompts"], columns["completions"]
     try:
-        answers = list(reward(**columns))
+        answers = reward(**copy.deepcopy(columns))
+        answers = list(asyncio.run(answers) if inspect.isawaitable(answers) else answers)
         if len(answers) != len(prompts) or not all(x is None or math.isfinite(x) for x in answers):
             raise ValueError(f"expected {len(prompts)} finite numbers or None, got {answers!r:.300}")
         return torch.tensor([math.nan if x is None else float(x) for x in answers])
@@ -1040,7 +1078,7 @@ class Task:
     tokenizer: object
     prompts: list[Prompt]
     held_out: list[Prompt]
-    rewards: list[Reward]
+    rewards: list[tuple]  # each with its weight
     stop_ids: list[int]
 
     def judge(self, prompts: list[Prompt], replies: list[list[int]]) -> dict[str, Tensor]:
@@ -1052,9 +1090,10 @@ class Task:
         rank, count = world()
         B = len(prompts)
         share = slice(rank * B // count, (rank + 1) * B // count)
-        columns = {key: [prompt.row[key] for prompt in prompts[share]] for key in prompts[0].row}
+        columns = {key: [prompt.row.get(key) for prompt in prompts[share]] for key in prompts[0].row}
         columns["prompts"] = columns.pop("prompt")
         columns["completion_ids"] = replies[share]
+        columns["raw_completions"] = self.tokenizer.batch_decode(replies[share])  # with special tokens
         texts = [reply_text(self.tokenizer, *pair) for pair in zip(prompts[share], replies[share])]
         columns["completions"] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -1062,14 +1101,18 @@ class Task:
         ]
         ended = torch.tensor([float(reply[-1] in self.stop_ids) for reply in replies])
         said = {"score": self.cfg.missing_eos_penalty * (ended - 1), "reply/ended": ended}
-        for reward, weight in zip(self.rewards, self.cfg.reward_weights or itertools.repeat(1.0)):
+        answered = False
+        for reward, weight in self.rewards:
             part = torch.zeros(B)
-            # A reward may draw random numbers. The update must not miss them, or processes would shuffle in other ways.
-            with about(f"reward {reward.__name__}"), torch.random.fork_rng(devices=[]):
+            name = getattr(reward, "__name__", type(reward).__name__)
+            with foreign(f"reward {name}: expected f(prompts, completions, **columns) -> list of floats"):
                 part[share] = ask(reward, columns)
             said["score"] += weight * all_sum(part).nan_to_num()
-            name = f"rewards/{reward.__name__}"
+            answered |= bool(part.isfinite().any())
+            name = f"rewards/{name}"
             said[f"{name}_{len(said)}" if name in said else name] = part
+        if not answered:
+            raise ValueError("every reward says None of every reply: expected a number for some")
         return said
 
     def score(self, prompts: list[Prompt], replies: list[list[int]]) -> tuple:
@@ -1090,7 +1133,7 @@ def load(auto_class: str, name: str):
 
     with about(f"{name} as {auto_class}"):
         auto = getattr(transformers, f"Auto{auto_class}")
-        if not auto_class.startswith("ModelFor"):
+        if not auto_class.startswith("Model"):
             return auto.from_pretrained(name)
         model, info = auto.from_pretrained(name, output_loading_info=True)
         if info["missing_keys"]:
@@ -1109,13 +1152,6 @@ def pick_device(cfg: Config) -> tuple:
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(best if cfg.device == "auto" else cfg.device)
         torch.empty(0, device=device)
-    if device.type == "cpu":
-        # glibc gives freed tensors back to the system, and the next ones cost their page faults again: a sixth of the
-        # time of an update of GPT-2. So large blocks too come from the heap, which keeps up to 2 GB that are free.
-        with contextlib.suppress(OSError, AttributeError):  # there is no glibc
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = ("bfloat16" if is_fast else "float32") if cfg.dtype == "auto" else cfg.dtype
     return device, getattr(torch, dtype)
@@ -1128,35 +1164,19 @@ def load_critic(cfg: Config, model: nn.Module, tokenizer) -> nn.Module | None:
         return copy.deepcopy(model) if name == "separate" else None
     if load("Tokenizer", name).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--critic {name}: its vocabulary is not the policy's, whose tokens it reads")
-    scores = "SequenceClassification" in str(load("Config", name).architectures)
-    return load("ModelForSequenceClassification" if scores else "ModelForCausalLM", name)
+    critic = load("Model", name)
+    if critic.config.model_type != model.config.model_type:  # the rehearsal looks at the policy alone
+        raise ValueError(f"--critic {name}: expected the policy's kind of model, {model.config.model_type}")
+    return critic
 
 
-@torch.no_grad()
-def check_padding(actor: Actor, model: nn.Module, longest: int) -> None:
-    """Refuse a model in which a short row says one thing alone, and another left-padded beside one of `longest` tokens
-    and decoded with a cache. That is one that cannot be padded, or whose rotary factors change with the length.
-    """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(longest, device=actor.lm.device) % vocabulary).repeat(2, 1)
-    attention = torch.ones_like(ids)
-    attention[1, :-8] = 0
-    with about(f"{type(model).__name__} cannot be trained here, use another kind of model"):
-        alone = actor.run(model, ids[1:, -8:], attention[1:, -8:])[0][0, -1]  # logits, or hidden states
-        cache = actor.run(model, ids[:, :-1], attention[:, :-1], use_cache=True).past_key_values
-        beside = actor.run(model, ids[:, -1:], attention, past_key_values=cache, use_cache=True)[0][1, -1]
-        tolerance = 0.02 if actor.dtype == torch.float32 else 0.1
-        if not (beside - alone).abs().max() <= tolerance * alone.std():
-            raise ValueError(f"beside {longest} tokens, left-padded or with a cache, it says other than alone")
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def layers_of(model: nn.Module):
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.dtype) -> tuple[Actor, Actor]:
+def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.dtype) -> tuple:
     """The policy with its critic, and the frozen reference."""
     from torch.utils.checkpoint import checkpoint
 
@@ -1164,8 +1184,6 @@ def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.d
         lm.to(device).float()
     ref = Actor(copy.deepcopy(model), dtype).requires_grad_(False)
     actor = Actor(model, dtype, critic)
-    if hasattr(critic, "score"):
-        actor.value_head.weight.data.copy_(critic.score.weight)  # a reward model: V starts as what it says
     if cfg.gradient_checkpointing:
         if not layers_of(actor):
             raise ValueError(f"--gradient-checkpointing: {type(model).__name__} has no layers for it; leave it out")
@@ -1177,9 +1195,8 @@ def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.d
 
 def make_optimizer(cfg: Config, actor: Actor) -> torch.optim.Optimizer:
     """AdamW with two groups: the policy, and what only the critic uses."""
-    critic_lr = cfg.learning_rate if cfg.critic_lr is None else cfg.critic_lr
     own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
-    rates = (actor.lm.parameters(), cfg.learning_rate), (own, critic_lr)
+    rates = (actor.lm.parameters(), cfg.learning_rate), (own, cfg.critic_lr or cfg.learning_rate)
     groups = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in rates]  # `ppo` scales the initial ones
     return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
 
@@ -1227,37 +1244,40 @@ MAY_CHANGE = (  # on a resume
 )
 
 
-def checkpoints(run: Path) -> list[Path]:
-    return sorted(run.glob("checkpoint-*"))
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # whole tensors, in the first process
+
+
+def save_policy(task: Task, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Write the policy of the actor's weights as a folder of transformers, and return its own."""
+    own = {name[3:]: x for name, x in weights.items() if name.startswith("lm.")}
+    task.actor.lm.save_pretrained(folder, state_dict=own)
+    task.tokenizer.save_pretrained(folder)
+    return own
 
 
 def save(task: Task) -> None:
-    """Write run/checkpoint-UPDATE, which a resume needs, whole or not at all; drop the one before; write run/policy."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, in the first process
-    weights, moments = get_state_dict(task.actor, task.optimizer, options=options)
-    old, new = checkpoints(task.run), task.run / f"checkpoint-{task.progress.update:06d}"
-    if world()[0] > 0 or new in old:
+    """Write run/policy and run/checkpoint.pt, which a resume needs. A kill at any moment leaves a whole checkpoint."""
+    weights, moments = get_state_dict(task.actor, task.optimizer, options=WHOLE)
+    if world()[0] > 0:
         return
-    unfinished, policy = task.run / "unfinished", task.run / "policy"
-    with about(f"cannot write {new}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        own = {name[3:]: x for name, x in weights.items() if name.startswith("lm.")}
-        task.actor.lm.save_pretrained(unfinished / "policy", state_dict=own)
-        task.tokenizer.save_pretrained(unfinished / "policy")
+    folder, file = task.run / "unfinished", task.run / "unfinished.pt"
+    with about(f"cannot write into {task.run}"):
+        shutil.rmtree(folder, ignore_errors=True)
+        save_policy(task, weights, folder)
         logs = {name: (task.run / name).stat().st_size for name in LOGS}
-        saved = {"progress": vars(task.progress), "logs": logs, "actor": weights, "optimizer": moments}
-        torch.save(saved, unfinished / "state.pt")
-        unfinished.rename(new)
-        for path in (*old, policy):
-            shutil.rmtree(path, ignore_errors=True)
-        (new / "policy").rename(policy)
+        torch.save({"progress": vars(task.progress), "logs": logs, "actor": weights, "optimizer": moments}, file)
+        shutil.rmtree(task.run / "policy", ignore_errors=True)
+        folder.rename(task.run / "policy")
+        file.replace(task.run / "checkpoint.pt")
 
 
-def fingerprint(model: nn.Module, prompts: list[Prompt]) -> dict[str, int]:
+def fingerprint(cfg: Config, model: nn.Module, prompts: list[Prompt]) -> dict[str, str]:
     """What must be the same on a resume, besides the settings: another model must not become the reference unseen."""
-    weights = tuple(torch.hash_tensor(x.cpu()).item() for x in model.state_dict().values())
-    tokens = tuple(tuple(prompt.ids) for prompt in prompts)
-    return {"initial_model": hash(weights), "prompt_tokens": hash(tokens)}  # of numbers: the same in every process
+    tensors = (x.cpu().flatten().view(torch.uint8).numpy() for x in model.state_dict().values())
+    weights = [hashlib.sha256(x).digest() for x in tensors]
+    files = [Path(spec.rpartition(":")[0]).read_bytes() for spec in cfg.reward]
+    parts = {"the model": weights, "the prompts": [repr(prompts).encode()], "the file of the reward": files}
+    return {name: hashlib.sha256(b"".join(x)).hexdigest() for name, x in parts.items()}
 
 
 def read_config(run: str):
@@ -1268,26 +1288,28 @@ def read_config(run: str):
         return Config(**settings), saved["fingerprint"]
 
 
-def resume(task: Task, initial: dict[str, int]) -> None:
+def resume(task: Task, initial: dict[str, str]) -> None:
     """Go back to the run's checkpoint, and cut the logs to it. Without one the run begins anew. initial: `fingerprint`.
     """
     cfg_before, initial_before = read_config(task.cfg.resume)
     before, now = vars(cfg_before) | initial_before, vars(task.cfg) | initial
     for name in now.keys() - MAY_CHANGE:
-        if now[name] != before[name]:
+        if now[name] != before.get(name):
             raise ValueError(
-                f"--resume: {name} was {before[name]} and is {now[name]}; only {', '.join(MAY_CHANGE)} may change"
+                f"--resume: {name} is not what the run began with (a model that was trained must be loaded anew); "
+                f"only {', '.join(MAY_CHANGE)} may change"
             )
     sizes = dict.fromkeys(LOGS, 0)
-    for path in checkpoints(task.run)[-1:]:
+    path = task.run / "checkpoint.pt"
+    if path.exists():
         with about(f"{path} is damaged or of another program"):
-            saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             set_state_dict(
                 task.actor,
                 task.optimizer,
                 model_state_dict=saved["actor"],
                 optim_state_dict=saved["optimizer"],
-                options=StateDictOptions(full_state_dict=True, strict=False),
+                options=WHOLE,
             )
             for name, parameter in task.actor.named_parameters():  # the policy has no moments while the critic warms up
                 if name not in saved["optimizer"]["state"]:
@@ -1306,31 +1328,49 @@ def resume(task: Task, initial: dict[str, int]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pick_prompts(cfg: Config, tokenizer, vocabulary: int, room: int, prompts, eval_prompts) -> tuple:
-    """Prompts to train on and held-out ones, from the arguments or the files. room: the most tokens that fit."""
-    train_prompts = encode(tokenizer, prompts or load_prompts(cfg.prompts), vocabulary, room)
-    held_out = encode(tokenizer, eval_prompts or load_prompts(cfg.eval_prompts), vocabulary, room)
-    if not held_out:
-        random.Random(cfg.seed).shuffle(train_prompts)
-        share = min(64, len(train_prompts) // 10)
-        held_out, train_prompts = train_prompts[:share], train_prompts[share:]
-    if not train_prompts:
-        raise ValueError(f"there is no prompt of at most {room} tokens to train on: expected --prompts FILE")
-    return train_prompts, held_out
+def rehearse(task: Task) -> None:
+    """Go the whole way once before anything is written, with the shortest prompt beside the longest: sample replies of
+    full length, ask every reward, take a step at a learning rate of 0, save the policy and load it again.
+
+    A reply must say the same alone, beside longer ones, and decoded with a cache. It does not with a model that cannot
+    be padded, or whose rotary factors change with the length.
+    """
+    cfg, actor = task.cfg, task.actor
+    by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
+    prompts = [by_length[0], *by_length[-1:] * cfg.micro_batch_size] * world()[1]
+    with about(f"{type(actor.lm).__name__}, before any training"):
+        rollout = sample_replies(actor, prompts, [], cfg)
+        fill_logprobs_and_values(actor, task.ref, rollout, cfg)
+    task.judge(prompts, rollout.replies())
+    rollout.present[0, 8:] = False  # and `mask`, which is the same
+    with torch.no_grad():
+        alone = actor(rollout.select(torch.tensor([0]), actor.lm.device), cfg.temperature)[0].cpu()
+    beside, tolerance = rollout.logprobs, 0.02 if actor.dtype == torch.float32 else 0.25
+    gap = max((alone - beside[0, :8]).abs().max(), (rollout.sampler_logprobs - beside).abs().max())
+    if not gap <= tolerance * beside.std() + 1e-3:
+        raise ValueError(f"{type(actor.lm).__name__} cannot be trained here: a reply is another when padded or cached")
+    rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
+    once = dataclasses.replace(cfg, num_ppo_epochs=1, num_mini_batches=1, vf_coef=0.0)
+    if ppo_update(actor, torch.optim.AdamW(actor.parameters(), 0.0), rollout, once)["grad_norm"] == 0:
+        raise ValueError("no weight of the policy would move: expected some that require a gradient")
+    weights = get_model_state_dict(actor, options=WHOLE)
+    if world()[0] == 0:
+        with tempfile.TemporaryDirectory() as folder, about("the policy, saved and loaded again"):
+            own = save_policy(task, weights, folder)
+            again = load("ModelForCausalLM", folder).state_dict()
+            if not all(name in again and x.equal(again[name]) for name, x in own.items()):
+                raise ValueError("it is another: expected a model of transformers, not compiled, without adapters")
 
 
-def pick_stop_ids(cfg: Config, model: nn.Module, tokenizer) -> list[int]:
-    """The tokens that end a reply: EOS of the tokenizer and of the generation config, and --stop-token."""
-    eos = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    if cfg.stop_token is not None:
-        with about(f"--stop-token {cfg.stop_token!r}: expected one token of this tokenizer"):
-            (stop,) = tokenizer.encode(cfg.stop_token, add_special_tokens=False)
-        stop_ids.add(stop)
-    return sorted(stop_ids)
-
-
-def prepare(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, eval_prompts=None) -> Task:
+@typechecked
+def prepare(
+    cfg: Config,
+    prompts: list | None = None,
+    reward: Callable | list | None = None,
+    model: nn.Module | None = None,
+    tokenizer=None,
+    eval_prompts: list | None = None,
+) -> Task:
     """All that training needs, checked: what is wrong is told before anything is written. Last, the run's folder."""
     from transformers.utils import logging
 
@@ -1338,7 +1378,6 @@ def prepare(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, 
     logging.disable_progress_bar()
     start_processes()
     check_batch(cfg)
-    run = Path(cfg.resume or cfg.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
     device, dtype = pick_device(cfg)
     seed_everything(cfg.seed)
     rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
@@ -1350,37 +1389,55 @@ def prepare(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, 
         model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
     else:
         raise ValueError("prompts and rewards need a model: give --model too")
-    if not rewards or len(rewards) != len(cfg.reward_weights or rewards):
+    weights = cfg.reward_weights or [1.0] * len(rewards)
+    if not any(weights) or len(rewards) != len(weights):
         raise ValueError(
             "a model needs a reward: expected --reward FILE.py:FUNCTION or --reward-model NAME, "
-            "and as many --reward-weights or none"
+            "and as many --reward-weights, not all 0, or none"
         )
     critic = load_critic(cfg, model, tokenizer)
     room = min(most_tokens(model), most_tokens(critic or model)) - cfg.response_length
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    train_prompts, held_out = pick_prompts(cfg, tokenizer, vocabulary, room, prompts, eval_prompts)
-    longest = max(len(prompt.ids) for prompt in train_prompts + held_out) + cfg.response_length
-    stop_ids = pick_stop_ids(cfg, model, tokenizer)
-    initial = fingerprint(model, train_prompts + held_out)
-    actor, ref = make_actors(cfg, model, critic, device, dtype)
-    check_padding(actor, actor.lm, longest)
-    if actor.critic is not None:
-        check_padding(actor, actor.critic, longest)
+    train_prompts = encode(tokenizer, prompts or load_prompts(cfg.prompts), vocabulary, room)
+    held_out = encode(tokenizer, eval_prompts or load_prompts(cfg.eval_prompts), vocabulary, room)
+    if not held_out:
+        random.Random(cfg.seed).shuffle(train_prompts)
+        distinct = list({str(prompt.ids): prompt for prompt in train_prompts}.values())
+        held_out = distinct[: min(64, len(distinct) // 10)]
+        train_prompts = [prompt for prompt in train_prompts if prompt.ids not in [other.ids for other in held_out]]
+    if not train_prompts:
+        raise ValueError("there is no prompt to train on: expected --prompts FILE")
+    initial = fingerprint(cfg, model, train_prompts + held_out)
+    with about(f"{type(model).__name__} cannot be trained here: expected a causal language model of transformers"):
+        actor, ref = make_actors(cfg, model, critic, device, dtype)
     # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. The value head's do
     # not, as `fit_returns` writes into them.
     for part, reshard in ((ref.lm, True), (actor.lm, False), (actor.critic, False), (actor.value_head, True)):
         shard(part, reshard)
     optimizer = make_optimizer(cfg, actor)
-    task = Task(
-        cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer, train_prompts, held_out, rewards, stop_ids
-    )
+    # A reply ends with EOS of the tokenizer and of the generation config, and each token whose text is a --stop-token.
+    eos = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    texts = tokenizer.batch_decode([[i] for i in range(vocabulary)]) if cfg.stop_token else []
+    if not {*cfg.stop_token} <= {*texts}:
+        raise ValueError(f"--stop-token {cfg.stop_token}: expected each to be the text of one token of this tokenizer")
+    stop_ids |= {i for i, text in enumerate(texts) if text in cfg.stop_token}
+    run = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")).expanduser()
+    progress, weighted, stop_ids = Progress(cfg.kl_coef), list(zip(rewards, weights)), sorted(stop_ids)
+    task = Task(cfg, run, actor, ref, optimizer, progress, tokenizer, train_prompts, held_out, weighted, stop_ids)
+    rehearse(task)
+    if world()[0] == 0:
+        with about(f"cannot write into {run}: another run may; give another --output-dir, or go on with --resume"):
+            if not cfg.resume:
+                run.mkdir(parents=True)
+            with contextlib.suppress(ImportError):  # Windows has no such locks; this one ends with the process
+                import fcntl
+
+                fcntl.lockf(os.open(run / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     if cfg.resume:
         resume(task, initial)
     elif world()[0] == 0:
-        with about(f"cannot make the folder {run}: give another --output-dir, or go on with --resume"):
-            run.mkdir(parents=True)
-            saved = {"settings": vars(cfg), "fingerprint": initial, "torch": torch.__version__}
-            (run / "config.json").write_text(json.dumps(saved, indent=2))
+        (run / "config.json").write_text(json.dumps({"settings": vars(cfg), "fingerprint": initial}, indent=2))
     print(f"{cfg.num_updates} updates of {cfg.batch_size} replies, written to {run}")
     return task
 
@@ -1388,19 +1445,21 @@ def prepare(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, 
 def evaluate_held_out(task: Task):
     """Replies to all held-out prompts, a batch at least, from the same seed each time: metrics and a few samples.
 
-    Each metric is a mean over replies and, under its name with _se, the standard error of that mean.
+    Each metric is a mean over prompts and, under its name with _se, the standard error of that mean. Several replies to
+    one prompt are first averaged: they are not independent.
     """
     metrics = {"update": task.progress.update}
     if not task.held_out:
         return metrics, []
     seed_everything(task.cfg.seed)
-    prompts = task.held_out * max(1, task.cfg.batch_size // len(task.held_out))
-    prompts += prompts[: -len(prompts) % world()[1]]  # as many for each process
+    size = len(task.held_out) * world()[1]  # as many for each process
+    prompts = task.held_out * world()[1] * max(1, task.cfg.batch_size // size)
     rollout = sample_replies(task.actor, prompts, task.stop_ids, task.cfg)
     said = task.judge(prompts, rollout.replies())
     fill_logprobs_and_values(task.actor, task.ref, rollout, task.cfg)
     said["kl"] = reply_kl(rollout)
     for name, x in said.items():
+        x = x.view(-1, len(task.held_out)).nanmean(0)
         x = x[x.isfinite()]
         if len(x) > 1:
             metrics[f"eval/{name}"] = float(x.mean())
@@ -1410,17 +1469,23 @@ def evaluate_held_out(task: Task):
 
 
 @contextlib.contextmanager
-def finish_on_signal():
-    """Yields a list. The first Ctrl-C or SIGTERM is appended to it, to end after this update; a second ends at once."""
-    asked = []
+def finish_on_signal(run: Path):
+    """Yields a list. The first Ctrl-C, SIGTERM or SIGHUP is appended to it, to end after this update; a second ends at
+    once. What is ignored, as SIGHUP is under nohup, stays so."""
+    asked, owner = [], os.getpid()
 
     def ask_to_end(number: int, frame) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
+        if os.getpid() != owner:  # a process that a reward has forked
+            signal.signal(number, old[number])
+            signal.raise_signal(number)
+        elif asked:
+            raise KeyboardInterrupt(f"stopped at once; {run} is as its last checkpoint.pt, if it has one")
+        else:
+            asked.append(number)
+            print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
 
-    old = {number: signal.signal(number, ask_to_end) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    old = {n: signal.signal(n, ask_to_end) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield asked
     finally:
@@ -1434,11 +1499,6 @@ def run_task(task: Task) -> Path:
 
     cfg, run, progress = task.cfg, task.run, task.progress
     is_first = world()[0] == 0
-    board = None
-    if is_first and importlib.util.find_spec("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(run, purge_step=progress.update + 1)  # what a life after the checkpoint wrote is void
     bar = tqdm(total=cfg.num_updates, initial=progress.update, dynamic_ncols=True, disable=not is_first)
 
     def log(metrics, samples, held_out):
@@ -1451,20 +1511,24 @@ def run_task(task: Task) -> Path:
         for name, lines in zip(LOGS, ([metrics], rows)):
             with open(run / name if is_first else os.devnull, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
-        for name, x in metrics.items() if board else ():
-            board.add_scalar(name, x, metrics["update"])
+        if held_out and rows:
+            means = (f"{x[5:]} {metrics[x]:.2f} ± {metrics[x + '_se']:.2f}" for x in metrics if x + "_se" in metrics)
+            bar.write(f"\nHeld-out prompts at update {progress.update}, mean ± standard error: {', '.join(means)}")
+            for row in rows:
+                bar.write("  " + textwrap.shorten(f"{row['prompt']} ▸ {row['reply']}", 500))
 
     def is_due(every: int | None) -> bool:
         return progress.update == cfg.num_updates or (every is not None and progress.update % every == 0)
 
-    with finish_on_signal() as asked, bar:
+    with finish_on_signal(run) as asked, bar:
         if progress.update == 0:
             log(*evaluate_held_out(task), held_out=True)
         updates = ppo(task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress)
         try:
             for metrics, samples in updates:
                 log(metrics, samples, held_out=False)
-                bar.set_postfix_str(f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.1f}", False)
+                shown = "score {objective/scores:.2f}, KL {objective/kl:.1f}, ended {reply/ended:.0%}"
+                bar.set_postfix_str(shown.format_map(metrics), False)
                 bar.update()
                 if is_due(cfg.eval_every):
                     log(*evaluate_held_out(task), held_out=True)
@@ -1472,16 +1536,16 @@ def run_task(task: Task) -> Path:
                 if stop or is_due(cfg.save_every):
                     save(task)
                 if stop and progress.update < cfg.num_updates:
-                    print(f"Stopped after update {progress.update}; to go on: python ppo_llm.py --resume {run}")
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(
+                        f"stopped after update {progress.update}, to go on: python ppo_llm.py --resume {run}"
+                    )
         except Exception as e:
             sound = progress.update > 0 and all(x.isfinite().all() for x in task.actor.parameters())
             if sound and world()[1] == 1:  # of several processes the others may be gone
                 save(task)
-                e.add_note(f"saved after update {progress.update}, to go on: --resume {run}")
+                e.add_note(f"saved after update {progress.update} and any steps since, to go on: --resume {run}")
             raise
-    if is_first:
-        report(run)
+    print(f"Load the policy: AutoModelForCausalLM.from_pretrained('{run}/policy')")
     return run
 
 
@@ -1493,24 +1557,6 @@ def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, ev
     Raises whatever is wrong, with notes that say what it is about. KeyboardInterrupt: see `run_task`.
     """
     return run_task(prepare(cfg, prompts, reward, model, tokenizer, eval_prompts))
-
-
-def report(run: Path) -> None:
-    """What the terminal shows at the end, from the logs: replies before and after, and all evaluations."""
-    metrics, samples = ([json.loads(row) for row in open(run / name, encoding="utf-8")] for name in LOGS)
-    replies = [row for row in samples if row["held_out"]]
-    after = [row for row in replies if row["update"] == replies[-1]["update"]]
-    for old, new in zip(replies, after):
-        print(f"\n  prompt  {old['prompt']}\n  before  {old['reply']}\n  after   {new['reply']}")
-    print("\nHeld-out prompts, the same seed each time: means ± standard errors")
-    for row in metrics:
-        names = [name for name in row if f"{name}_se" in row]
-        if names and row is metrics[0]:
-            print("  update" + "".join(f"{name.split('/')[-1]:>17}" for name in names))
-        if names:
-            cells = (f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in names)
-            print(f"  {row['update']:6}" + "".join(f"{cell:>17}" for cell in cells))
-    print(f"\nLoad the policy   AutoModelForCausalLM.from_pretrained('{run}/policy')")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1551,7 +1597,6 @@ def fluency(prompts, completions, **columns):
 def demo_task(seed: int, steps: int = 160):
     """A small Llama, trained on film reviews from the grammar: model, tokenizer, prompts, held-out prompts, rewards."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = ["<pad>", "</s>", "the", ".", *NOUNS, *VERBS, *ADVERBS, *LINKS, *GOOD, *BAD]
@@ -1578,7 +1623,8 @@ def demo_task(seed: int, steps: int = 160):
         return clause() + "".join(f" {pick(LINKS)} {clause()}" for _ in range(pick([0, 0, 1, 1, 2, 3]))) + " . </s> "
 
     optimizer = torch.optim.AdamW(lm.parameters())
-    for step in tqdm(range(steps), desc="language model", disable=None):
+    print("Teaching a small language model to write film reviews, from random weights ...")
+    for step in range(steps):
         texts = ["".join(review() for _ in range(5)) for _ in range(32)]  # at least 6 tokens each
         ids = tokenizer(texts, truncation=True, max_length=30, return_tensors="pt")["input_ids"]
         lm(input_ids=ids, labels=ids).loss.backward()
@@ -1599,7 +1645,15 @@ def demo_task(seed: int, steps: int = 160):
 
 @dataclass
 class Flags:
-    """PPO for language models. Without --model, runs the embedded demo, with settings of its own."""
+    """PPO for language models. Without --model it runs the embedded demo, with settings of its own.
+
+    Look first at --model, --prompts, --reward, --num-updates, --batch-size,
+    and --response-length, --learning-rate, --kl-coef, --save-every, --resume.
+
+    python ppo_llm.py --model gpt2 --prompts prompts.txt --reward rewards.py:f
+
+    python ppo_llm.py --resume runs/NAME --num-updates 200
+    """
     task: TaskConfig
     ppo: PPOConfig
     run: RunConfig
@@ -1611,10 +1665,11 @@ def parse(argv: list[str] | None) -> Config:
 
     def read(defaults):
         parts = [
-            kind(**{field.name: getattr(defaults, field.name) for field in dataclasses.fields(kind)})
+            kind(**{name: getattr(defaults, name) for name in kind.__dataclass_fields__})
             for kind in Config.__bases__
         ]
-        flags = tyro.cli(Flags, args=argv, default=Flags(*parts), config=(tyro.conf.OmitArgPrefixes,))
+        style = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction)
+        flags = tyro.cli(Flags, args=argv, default=Flags(*parts), config=style)
         return Config(**vars(flags.task), **vars(flags.ppo), **vars(flags.run))
 
     cfg = read(Config())
@@ -1630,7 +1685,8 @@ def main(argv: list[str] | None = None) -> int:
         task = prepare(parse(argv))
         status = 1
         run_task(task)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        print(f"ppo_llm.py: {e}", file=sys.stderr)
         return 130
     except Exception as e:
         file = Path(tempfile.gettempdir(), f"ppo_llm-{os.getpid()}.txt")

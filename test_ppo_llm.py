@@ -7,6 +7,7 @@ character is one token. `pytest -m "not slow"` leaves out whole runs in subproce
 """
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,7 +15,10 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import pickle
+import random
 import re
 import shutil
 import signal
@@ -31,7 +35,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, Phase, assume, event, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ppo_llm as P
@@ -140,7 +144,7 @@ def test_the_size_is_kept():
     assert part_one <= 5000
     assert len(code) / len(set(code)) <= 10.5
     assert max(map(len, lines)) <= 120
-    assert len(code) - part_one <= 6300
+    assert len(code) - part_one <= 6600
 
 
 # --------------------------------------------------------------------------------------------------- 1. the mathematics
@@ -162,21 +166,32 @@ def test_response_mask_is_a_naive_loop(data, B, T):
 
 @given(st.data(), masks(holes=True), positive, number)
 def test_masked_mean_and_whitening(data, mask, scale, shift):
-    """The mean is over the cells of the mask, 0 if there are none. Whitened they are (x - mean) / √(variance + 1e-8):
-    mean 0, variance 1, and the same for ax + b, but for the 1e-8. One cell, or equal cells, become 0."""
+    """The mean is over the cells of the mask, 0 if there are none. Whitened they are (x - mean) / deviation: mean 0,
+    variance 1, the same for ax + b. One cell becomes 0, and cells that differ by a millionth of their size too."""
     x = cells(data.draw, mask)
     mean = average(x[mask])
     centered = x[mask] - mean
-    variance = average(centered**2)
+    deviation = average(centered**2).sqrt()
     assert error(P.masked_mean(x, mask), mean) < 1e-12
-    white = P.masked_whiten(x, mask)
-    assert error(white[mask], centered / (variance + 1e-8).sqrt()) < 1e-10
-    assert error(average(white[mask]), 0) < 1e-10
-    assert error(average(white[mask] ** 2), variance / (variance + 1e-8)) < 1e-10
+    white, affine = (P.masked_whiten(y, mask) for y in (x, scale * x + shift))
     assert not white[~mask].any()
-    affine = P.masked_whiten(scale * x + shift, mask)
-    floor = 1e-8 / scale**2
-    assert error(affine[mask], centered / (variance + floor).sqrt()) < 1e-9
+    if deviation <= 1e-6 * average(x[mask].abs()):
+        assert not white.any()
+    else:
+        assert error(white[mask], centered / deviation) < 1e-9
+        assert error(average(white[mask] ** 2), 1) < 1e-9
+    if deviation > 1e-3:
+        assert error(affine, white) < 1e-6
+
+
+def test_whitening_in_float32():
+    """Equal numbers have no spread, though their mean is not them: it has been rounded. Numbers of any size that differ
+    are spread alike."""
+    mask = torch.ones(1, 999, dtype=torch.bool)
+    assert P.masked_whiten(torch.full((1, 999), 1000.1), mask).abs().max() == 0
+    x = torch.linspace(-1, 1, 999).unsqueeze(0)
+    for scale in (1e-9, 1e9):
+        assert error(P.masked_whiten(scale * x, mask), P.masked_whiten(x, mask)) < 1e-5
 
 
 @given(st.lists(number, min_size=2, max_size=5), number)
@@ -239,10 +254,12 @@ def test_kl_estimate_worked_by_hand():
 
 
 def test_adaptive_kl_coef():
-    """β rests at the target, here 6, follows the sign of the relative error, in proportion up to 20%, and no faster."""
+    """β rests at the target, here 6, follows the sign of the relative error, in proportion up to 20%, and no faster,
+    not even in a batch that is larger than the horizon."""
     for kl, change in ((6.0, 0), (6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (-1.0, -0.2)):
-        after = P.adaptive_kl_coef(0.2, kl, target=6.0, horizon=1000, episodes=100)
-        assert error(after / 0.2 - 1, change * 100 / 1000) < 1e-12
+        for episodes, share in ((100, 0.1), (9000, 1.0)):
+            after = P.adaptive_kl_coef(0.2, kl, target=6.0, horizon=1000, episodes=episodes)
+            assert error(after / 0.2 - 1, change * share) < 1e-12
 
 
 @given(st.data(), masks(holes=True), st.just(0.0) | positive, st.booleans())
@@ -804,34 +821,6 @@ def test_a_reply_is_made_by_its_own_random_numbers(monkeypatch):
         assert len(sizes) == math.ceil(len(reply) / 4) * 4
 
 
-@given(st.data(), masks(holes=True).filter(torch.any), st.booleans(), st.booleans())
-@settings(max_examples=60)
-def test_advantages_are_their_parts_in_order(data, mask, each_token, whiten):
-    """KL in the reward; the unit follows the deviation of the returns that were sampled, and V moves by its mean error
-    against them; GAE from the moved V; then the critic's unit, and whitening."""
-    kind = data.draw(st.sampled_from(["k1", "k2", "k3"]))
-    cfg = PPOConfig(gamma=0.9, lam=0.8, kl_estimator=kind, whiten_advantages=whiten)
-    logprobs, ref, values = (cells(data.draw, mask) for _ in range(3))
-    scores = data.draw(vectors(mask.numel())).view(mask.shape)
-    scores = scores if each_token else scores[:, 0]
-    rollout = Rollout(mask, mask, mask, mask, mask, mask, logprobs, None, values.clone(), ref)
-    fitted = []
-    critic = SimpleNamespace(unit=2.0, fit_returns=lambda spread, shift: fitted.extend([spread, shift]))
-    P.compute_advantages(critic, rollout, scores, 0.3, cfg)
-
-    rewards = P.token_rewards(scores, P.kl_estimate(logprobs, ref, kind), mask, 0.3)
-    sampled = [discounted_sums(x[row].tolist(), 0.9) for x, row in zip(rewards, mask)]
-    sampled = real(sum(sampled, []))
-    shift = average(sampled - values[mask])
-    advantages, returns = P.gae(rewards, values + shift, mask, 0.9, 0.8)
-    expected = P.masked_whiten(advantages / 2, mask) if whiten else advantages / 2
-    assert error(fitted, [sampled.std(correction=0), shift]) < 1e-5
-    assert error(rollout.values[mask], values[mask] + shift) < 1e-9
-    assert error(rollout.rewards, rewards) == 0
-    assert error(rollout.returns, returns) < 1e-9
-    assert error(rollout.advantages, expected) < 1e-8
-
-
 @pytest.mark.parametrize("seed, holes", [(0, False), (1, True)])
 def test_metrics_are_means_over_the_trained_tokens(seed, holes):
     """Against brute force: the entropy is that of the bare model, KL is summed over a reply and averaged over
@@ -934,6 +923,31 @@ def test_expected_ppo_gradient_is_the_policy_gradient(kind, temperature, separat
     assert expected.abs().max() > 1e-2
 
 
+def test_at_the_optimum_the_expected_gradient_is_0():
+    """That is at π* ∝ π_ref·exp(score/β), where score = β·log π/π_ref, up to a constant."""
+    cfg = settings_of(vf_coef=0.0)
+    actor = tiny_actor("gpt2", 3)
+    rollout, _, _ = language(actor, tiny_actor("gpt2", 3, 9), [1, 4, 2], cfg, False, False)
+    scores = 0.3 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    for offset, size in ((scores, 1), (scores.roll(1), 0)):
+        P.compute_advantages(actor, rollout, offset + 1.7, 0.3, cfg)
+        rollout.advantages *= rollout.logprobs.sum(1, keepdim=True).exp() * rollout.mask.sum()
+        loss, _ = P.ppo_loss(actor, whole(rollout), cfg)
+        assert (gradients(loss, actor.lm).abs().max() < 1e-9) == size
+
+
+def test_the_entropy_bonus_pulls_along_the_gradient_of_the_bare_models_entropy():
+    actor, _, rollout = experience(holes=True)
+    batch = whole(rollout)
+    with_bonus, without = (P.ppo_loss(actor, batch, settings_of(ent_coef=c, vf_coef=0.0))[0] for c in (0.5, 0))
+    entropies = []
+    for prompt, reply, said in each_reply(rollout):
+        log_pi = distributions(actor.lm, prompt, reply)[:-1][said.mask]
+        entropies.append(-(log_pi.exp() * log_pi).sum(-1))
+    expected = gradients(-0.5 * torch.cat(entropies).mean(), actor.lm)
+    assert error(gradients(with_bonus - without, actor.lm), expected) < 1e-9
+
+
 @pytest.mark.parametrize("kind, holes", [("gpt2", False), ("gpt2", True), ("llama", False)])
 def test_expected_ppo_gradient_off_policy(kind, holes):
     """After the policy has moved from μ, inside the clip range, it is the gradient of the surrogate, PPO eq. 6: of
@@ -990,6 +1004,26 @@ def test_with_learning_rate_0_nothing_moves(kind, holes):
     errors = (rollout.values - rollout.returns)[rollout.mask]  # their mean is taken off
     expected = float(errors.var(correction=0) / 2 / actor.unit**2)
     assert metrics["loss/value"] == pytest.approx(expected, abs=EXACT[kind])
+
+
+def test_the_first_ratio_is_1_in_bfloat16_too():
+    """Since π_old comes from the same forward: its error, against float32, is in both."""
+    actor = P.Actor(tiny("llama").float(), torch.bfloat16)
+    rollout = replies_to(actor)
+    P.fill_logprobs_and_values(actor, None, rollout, settings_of())
+    exact, _, _ = actor(whole(rollout), 0.8)
+    actor.dtype = torch.float32
+    assert error(actor(whole(rollout), 0.8)[0], exact) > 1e-3
+    actor.dtype = torch.bfloat16
+    rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
+    assert ppo_steps(actor, rollout, settings_of())["policy/approxkl"] < 1e-7
+
+
+def test_an_update_leaves_the_rollout_as_it_was():
+    actor, _, rollout = experience()
+    before = copy.deepcopy(vars(rollout))
+    ppo_steps(actor, rollout, settings_of(ent_coef=0.1, cliprange_value=0.2), lr=0.05)
+    assert all(torch.equal(x, before[name]) for name, x in vars(rollout).items())
 
 
 def test_a_move_of_all_values_is_no_reason_to_clip_them():
@@ -1083,6 +1117,9 @@ def test_critic_warmup_trains_the_critic_alone(separate):
     assert moved == ({"value_head", "critic"} if separate else {"value_head"})
     assert ppo_steps(actor, rollout, cfg)["loss/value"] < metrics["loss/value"]
     assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-9)
+    optimizer = torch.optim.Adam(actor.parameters())
+    P.ppo_update(actor, optimizer, rollout, cfg, critic_only=True)
+    assert {len(optimizer.state[p]) for p in actor.lm.parameters()} == {0}  # no moments that would move it later
 
 
 def test_each_term_of_the_loss_has_its_coefficient():
@@ -1241,11 +1278,34 @@ def test_scores_a_thousand_higher_change_no_step(whiten, lam):
 
 
 def test_rounding_is_no_spread():
-    """Returns of 0.1 each, whose mean is not 0.1 in floating point: the unit stays 1."""
+    """Returns of 0.1 each, whose mean is not 0.1 in floating point: the unit stays 1. Values that miss returns of
+    1000.1 by what float32 rounds are right: no token has an advantage, which whitening would make one of 1."""
     _, _, rollout = experience()
     actor = P.Actor(tiny())
     P.compute_advantages(actor, rollout, torch.full((8,), 0.1, dtype=REAL), 0.0, settings_of())
     assert actor.unit == 1
+    scores, cfg = torch.full((8,), 1000.1, dtype=REAL), settings_of(whiten_advantages=True)
+    for miss, any_advantage in ((1e-4, False), (1e-2, True)):
+        rollout.values = scores.unsqueeze(1) + miss * torch.randn(rollout.mask.shape, dtype=REAL)
+        P.compute_advantages(actor, rollout, scores, 0.0, cfg)
+        assert rollout.advantages.any() == any_advantage
+
+
+def test_one_outlier_does_not_stop_the_learning():
+    """A score of -100 among the first makes the critic's unit larger than all scores that follow."""
+    for outlier in (0.0, -100.0):
+
+        def score(prompts, replies):
+            scores, _ = fours(prompts, replies)
+            scores[0] += outlier * (progress.update == 0)
+            return scores, {}
+
+        cfg = settings_of(num_updates=12, batch_size=16, kl_coef=0.0, whiten_advantages=True)
+        actor, optimizer, progress = learner(cfg)
+        rows = [metrics["objective/scores"] for metrics, _ in updates(actor, optimizer, progress, cfg, score)]
+        assert actor.unit > 10 or outlier == 0
+        assert rows[0] < 0.4
+        assert fmean(rows[-3:]) > 0.9
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -1295,7 +1355,8 @@ def test_a_batch_that_cannot_be_divided_is_refused(changes):
 
 
 @pytest.mark.parametrize(
-    "scores", [torch.ones(7), torch.ones(8, 5), real([1, math.nan] * 4), real([math.inf] * 8)]
+    "scores",
+    [torch.ones(7), torch.ones(8, 1), torch.ones(8, 5), real([1, math.nan] * 4), real([math.inf] * 8)],
 )
 def test_scores_that_cannot_train_are_refused(scores):
     with pytest.raises(ValueError, match="score: expected finite numbers of shape"):
@@ -1315,6 +1376,32 @@ def test_a_policy_that_has_diverged_is_seen():
     actor.lm.get_output_embeddings().weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="probabilities or values are NaN"):
         next(updates(actor, optimizer, progress, settings_of()))
+
+
+def test_each_update_draws_other_replies_and_each_seed_too():
+    """To the same prompt, by a policy that does not move."""
+    replies = set()
+    for seed in (1, 2):
+        actor = P.Actor(tiny())
+        optimizer = torch.optim.SGD(actor.parameters(), lr=0.0)
+        cfg = settings_of(num_updates=2, seed=seed)
+        for _, samples in P.ppo(actor, actor, optimizer, [Prompt([1])], fours, [STOP], cfg, Progress(0.05)):
+            replies.add(str([reply for _, reply, _, _ in samples]))
+    assert len(replies) == 4
+
+
+def test_the_metrics_of_an_update_fit_together():
+    """What is maximised is the score less β·KL, for the β of that update, which moves. objective/kl is Σ log π/π_ref
+    whatever the penalty is estimated by."""
+    _, rows = trained(settings_of(num_updates=3, kl_target=0.1, kl_horizon=100))
+    for row in rows:
+        expected = row["objective/scores"] - row["kl_coef"] * row["objective/kl"]
+        assert row["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-9)
+    assert len({row["kl_coef"] for row in rows}) == 3
+    for kind in ("k2", "k3"):
+        _, others = trained(settings_of(num_updates=1, kl_estimator=kind))
+        assert others[0]["objective/kl"] == pytest.approx(rows[0]["objective/kl"], abs=1e-9)
+        assert others[0]["objective/rlhf_reward"] != pytest.approx(rows[0]["objective/rlhf_reward"], abs=1e-3)
 
 
 def test_schedule():
@@ -1516,21 +1603,31 @@ def answers(prompts, completions, answer, **columns):
 
 
 def at_call(monkeypatch, number, do):
-    """Let something happen when `answers` is asked for the number-th time: 0 is the evaluation before, 1 update 1."""
-    calls = itertools.count()
+    """Let something happen when `answers` is asked: -1 is the rehearsal, 0 the evaluation before, 1 update 1."""
+    calls = itertools.count(-1)
     monkeypatch.setattr(sys.modules[__name__], "interlude", lambda: next(calls) == number and do())
 
 
 FILES = {
     "letters.txt": "".join(f"{c}{c} {c}\n" for c in LETTERS[1:27]),
     "prompts.jsonl": "".join(f'{{"prompt": "{c} a", "answer": {ord(c) - 100}}}\n' for c in LETTERS[1:21]),
+    "others.jsonl": "".join(f'{{"prompt": "{c} a", "answer": {ord(c) - 99}}}\n' for c in LETTERS[1:21]),
     "bad.jsonl": '{"prompt": "a"}\n{"prompt": \n',
     "lacks.jsonl": '{"prompt": "a"}\n{"text": "a"}\n',
     "void.jsonl": '{"prompt": "a"}\n{"prompt": ""}\n',
     "empty.txt": "\n",
     "latin.txt": "a\n\xff\n",
     "chat.jsonl": '{"prompt": [{"role": "user", "content": "a"}]}\n',
+    "taken.jsonl": '{"prompt": "a", "completions": "b"}\n',
+    "number.jsonl": '{"prompt": "a"}\n7\n',
+    "utf16.txt": "a\0b\0",
     "broken.py": "import nothing_of_this_name\n",
+    "exits.py": "import sys\nsys.exit()\n",
+    "few.py": "def f(prompts, completions): return [0.0] * len(prompts)\n"
+    "def one(**columns): return 0.0\n"
+    "def nothing(**columns): pass\n"
+    "def trl(trainer_state, **columns): return columns\n"
+    "def silent(prompts, **columns): return [None] * len(prompts)\n",
     "rewards.py": "def worth(prompts, completions, **columns): return [sum(map(ord, x)) % 10 for x in completions]\n",
     "other.py": "def zero(prompts, completions, **columns): return [0.0] * len(prompts)\n",
     "answers.py": "from test_ppo_llm import answers\n",
@@ -1607,22 +1704,22 @@ BAD = {  # what is added to the sound command: what the one line says
     "--samples-per-prompt 3": "batch_size 128: expected a multiple of 12",
     "--gamma nan": "--gamma nan: expected a number in [0, 1]",
     "--device warp": "--device warp",
-    "--output-dir rewards.py/x": "cannot make the folder rewards.py/x: give another --output-dir",
-    "--output-dir model": "cannot make the folder model: give another --output-dir, or go on with --resume",
+    "--output-dir rewards.py/x": "cannot write into rewards.py/x: another run may; give another --output-dir",
+    "--output-dir model": "cannot write into model: another run may; give another --output-dir, or go on with",
     "--resume nowhere": "--resume nowhere: expected the folder of a run",
     "--resume model": "--resume model: expected the folder of a run",
     # Models.
     "--model None": "prompts and rewards need a model: give --model too",
     "--model ./nowhere": "./nowhere as ",
     "--model judge": "judge as ModelForCausalLM: it holds no lm_head.weight",
-    "--model mamba": "MambaForCausalLM cannot be trained here",
+    "--model mamba": "MambaForCausalLM",
     "--model small": "it has no token, or one that the model does not know",
-    "--stop-token ab": "--stop-token 'ab': expected one token of this tokenizer",
+    "--stop-token ab": "--stop-token ('ab',): expected each to be the text of one token of this tokenizer",
     "--critic words": "--critic words: its vocabulary is not the policy's",
-    "--critic mamba": "MambaModel cannot be trained here",
-    "--critic short": "there is no prompt of at most 0 tokens to train on",
+    "--critic mamba": "--critic mamba: expected the policy's kind of model, gpt2",
+    "--critic short": "all 26 prompts have more than 0 tokens",
     # Prompts.
-    "--prompts None": "there is no prompt of at most 56 tokens to train on: expected --prompts FILE",
+    "--prompts None": "there is no prompt to train on: expected --prompts FILE",
     "--prompts nowhere.txt": "the prompts nowhere.txt",
     "--prompts rewards.py": "the prompts rewards.py: expected .txt, a prompt a line, or .jsonl",
     "--prompts bad.jsonl": "the prompts bad.jsonl",
@@ -1630,15 +1727,22 @@ BAD = {  # what is added to the sound command: what the one line says
     "--prompts lacks.jsonl": "the prompt {'text': 'a'}: expected a text, or chat messages, under prompt",
     "--prompts void.jsonl": "the prompt {'prompt': ''}: expected a text",
     "--prompts chat.jsonl": "chat_template is not set",
-    "--prompts empty.txt": "there is no prompt of at most 56 tokens to train on",
+    "--prompts taken.jsonl": "no column of the prompts may be called completions",
+    "--prompts number.jsonl": "the prompts number.jsonl: expected .txt, a prompt a line, or .jsonl, a row",
+    "--prompts utf16.txt": "the prompts utf16.txt",
+    "--prompts empty.txt": "there is no prompt to train on",
     "--eval-prompts bad.jsonl": "the prompts bad.jsonl",
-    "--response-length 61": "there is no prompt of at most 3 tokens to train on",
+    "--response-length 61": "all 26 prompts have more than 3 tokens",
     # Rewards.
-    "--reward": "a model needs a reward: expected --reward FILE.py:FUNCTION",
     "--reward rewards.py:missing": "--reward rewards.py:missing: expected FILE.py:FUNCTION: AttributeError",
     "--reward nowhere.py:f": "--reward nowhere.py:f: expected FILE.py:FUNCTION",
     "--reward broken.py:f": "--reward broken.py:f: expected FILE.py:FUNCTION: ModuleNotFoundError",
-    "--reward-weights 1 2": "as many --reward-weights",
+    "--reward exits.py:f": "--reward exits.py:f: expected FILE.py:FUNCTION: it called sys.exit()",
+    "--reward-weights 1 --reward-weights 2": "as many --reward-weights",
+    "--reward-weights 0": "as many --reward-weights, not all 0, or none",
+    "--reward-label x": "--reward-label: expected with it a --reward-model",
+    "--reward-model scorer --reward-label x": "--reward-label x: expected one of LABEL_0, the labels of scorer",
+    "--critic-warmup-updates 1": "--critic-warmup-updates: expected fewer than --num-updates",
     "--reward-model model": "model as ModelForSequenceClassification: it holds no score.weight",
     "--reward-model judge": "--reward-label None: expected one of LABEL_0, LABEL_1",
     "--reward-model judge --reward-label x": "--reward-label x: expected one of LABEL_0, LABEL_1",
@@ -1660,7 +1764,7 @@ WRONG = [
     (dict(reward="rewards.py:worth"), "--reward 'rewards.py:worth'", "is not a tuple"),
     (dict(batch_size="8"), "--batch-size '8'", "is not an instance of int"),
     (dict(kl_estimator="k4"), "--kl-estimator 'k4'", "is not any of"),
-    (dict(reward_weights=(1, "2")), "--reward-weights (1, '2')", "item 1 is neither"),
+    (dict(reward_weights=(1, "2")), "--reward-weights (1, '2')", "item 1 of tuple is neither"),
     (dict(batch_size=0), "--batch-size 0", "expected 1 or more"),
     (dict(save_every=-1), "--save-every -1", "expected 1 or more"),
     (dict(warmup_updates=-1), "--warmup-updates -1", "expected "),
@@ -1691,7 +1795,7 @@ def test_a_flag_or_a_value_that_does_not_exist_ends_with_status_2(arguments, cap
 
 
 def test_every_flag_is_explained(capsys, monkeypatch):
-    """--help has three groups, and names each flag with the sentence that stands beside it in the source, which says
+    """--help says which flags to look at first. It has three groups, and names each flag with the sentence that stands beside it in the source, which says
     what None means."""
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
@@ -1735,7 +1839,7 @@ EFFECTIVE = {  # each of these flags alone makes another run
     **dict(
         prompts="prompts.jsonl", reward=("other.py:zero",), reward_model=("scorer",), reward_weights=(2.0,)
     ),
-    **dict(eval_prompts="prompts.jsonl", stop_token="c", dtype="bfloat16", critic="separate", eval_every=1),
+    **dict(eval_prompts="prompts.jsonl", stop_token=("c",), dtype="bfloat16", critic="separate", eval_every=1),
 }
 INEFFECTIVE = dict(micro_batch_size=1, gradient_checkpointing=True, save_every=1, device="auto")
 TOLD_ELSEWHERE = {"output_dir", "resume", "reward_label"}
@@ -1784,30 +1888,35 @@ def test_what_saves_memory_or_a_checkpoint_changes_nothing_else(flag, run_with):
 
 def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     """Messages go through the chat template, without a second bos. The reward gets the messages, the reply as a
-    message, its ids, and each column, None where a row lacks it. A reward of None counts for nothing."""
+    message, its ids, the reply with its special tokens, and each column, None where a row lacks it. A reward of None
+    counts for nothing. The template gets the columns that are its own."""
     seen = []
 
-    def reward(prompts, completions, completion_ids, answer, level, **columns):
-        seen.extend(zip(prompts, completions, completion_ids, zip(answer, level)))
+    def reward(prompts, completions, completion_ids, raw_completions, answer, level, **columns):
+        seen.extend(zip(prompts, completions, completion_ids, raw_completions, zip(answer, level)))
         return answer
 
     user, begun = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab"}
     rows = [
-        {"prompt": [user], "answer": 3, "level": "x"},
-        {"prompt": [user, begun], "answer": None},
+        {"prompt": [user], "answer": 3, "tools": [{"x": "y"}]},
+        {"prompt": [user, begun], "answer": None, "level": "x", "chat_template_kwargs": {"mood": " gay"}},
         {"prompt": "plain", "answer": 1, "level": "y"},
     ]
-    tokenizer = letters(bos_token="<", chat_template=CHAT)
-    cfg = quick(tmp_path, batch_size=6, num_mini_batches=1)
+    tokenizer = letters(bos_token="<", eos_token="q", chat_template="{{ mood }}{{ tools[0].x if tools }}" + CHAT)
+    bos = ("<", LETTERS.index("<"))  # which it puts before each text
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("< $0", special_tokens=[bos])
+    cfg = quick(tmp_path, batch_size=60)
     task = P.prepare(cfg, rows, reward, model_of(), tokenizer)
     texts = {tokenizer.decode(prompt.ids) for prompt in task.prompts}
-    assert texts == {"<user>hi<assistant>", "<user>hi<assistant>ab<assistant>", "plain"}
+    assert texts == {"y<user>hi<assistant>", " gay<user>hi<assistant>ab<assistant>", "<plain"}
     metrics = metrics_of(P.run_task(task))[1]
-    columns = {str(prompt): row for prompt, _, _, row in seen}
+    columns = {str(prompt): row for prompt, _, _, _, row in seen}
     assert columns == {str(row["prompt"]): (row["answer"], row.get("level")) for row in rows}
-    for prompt, completion, ids, _ in seen:
+    for prompt, completion, ids, raw, _ in seen:
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert completion == (text if prompt == "plain" else [{"role": "assistant", "content": text}])
+        assert raw == "".join(LETTERS[i] for i in ids)
+    assert any(raw != completion for _, completion, _, raw, _ in seen if isinstance(completion, str))
     assert metrics["rewards/reward"] == 2
     assert metrics["objective/scores"] == pytest.approx(4 / 3)
 
@@ -1832,7 +1941,8 @@ def test_prompt_and_reply_are_the_whole_text():
 
 @pytest.mark.parametrize("special, eos", [({}, None), (dict(pad_token="a", eos_token="a"), 1), ({}, [3, 4])])
 def test_a_reply_ends_at_each_stop_token_and_nowhere_else(special, eos, tmp_path):
-    """No EOS, a pad token equal to it, several: the token that ends a reply belongs to it. --stop-token adds one."""
+    """No EOS, a pad token equal to it, several: the token that ends a reply belongs to it. Each --stop-token adds one,
+    or all that are the same text: `y` decodes to `z`. With an EOS that is no number nothing begins."""
     replies = []
 
     def reward(prompts, completion_ids, **columns):
@@ -1840,9 +1950,13 @@ def test_a_reply_ends_at_each_stop_token_and_nowhere_else(special, eos, tmp_path
         return [0.0] * len(prompts)
 
     lm = model_of(eos_token_id=eos)
-    cfg = quick(tmp_path, batch_size=64, response_length=12, stop_token="z", missing_eos_penalty=2.0)
-    row = metrics_of(P.train(cfg, ["ab", "c d"], reward, lm, letters(**special)))[1]
-    stops = {26, *(eos if isinstance(eos, list) else [eos])}
+    cfg = quick(tmp_path, batch_size=64, response_length=12, stop_token=("z", "x"), missing_eos_penalty=2.0)
+    tokenizer = letters(**special)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("y", "z"), decoders.Fuse()])
+    task = P.prepare(cfg, ["ab", "c d"], reward, lm, tokenizer)
+    replies.clear()
+    row = metrics_of(P.run_task(task))[1]
+    stops = {24, 25, 26, *(eos if isinstance(eos, list) else [eos])}
     ended = [reply[-1] in stops for reply in replies]
     assert all(
         not stops & set(reply[:-1]) and (end or len(reply) == 12) for reply, end in zip(replies, ended)
@@ -1850,14 +1964,17 @@ def test_a_reply_ends_at_each_stop_token_and_nowhere_else(special, eos, tmp_path
     assert 0 < sum(ended) < 64 == len(replies)
     assert row["reply/ended"] == sum(ended) / 64
     assert row["objective/scores"] == 2 * (sum(ended) / 64 - 1)
+    lm = model_of()
+    lm.generation_config.eos_token_id = "z"
+    with pytest.raises(TypeError):
+        P.prepare(quick(tmp_path, output_dir=f"{tmp_path}/y"), ["a"], worth, lm, letters(eos_token="z"))
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path, capsys):
     """One in ten of those that fit, at most 64, drawn by the seed; with the others they are all of them."""
     names = map(str, itertools.count())
     for n, share in ((9, 0), (30, 2), (1000, 64)):
-        texts = [3 * (a + b) for a, b in itertools.product(LETTERS, 34 * "x")][: n - 1] + [80 * "x"]
-        texts = [f"{text}{i}" for i, text in enumerate(texts)]
+        texts = list(map("".join, itertools.product(LETTERS[1:], repeat=3)))[: n - 1] + [80 * "x"]
         tasks = [
             P.prepare(
                 quick(tmp_path, seed=seed, output_dir=f"{tmp_path}/{next(names)}"),
@@ -1876,24 +1993,41 @@ def test_held_out_prompts_are_not_trained_on(tmp_path, capsys):
         assert capsys.readouterr().out.count(f"Dropped 1 of {n} prompts") == 3
 
 
+def test_equal_prompts_are_not_held_out_beside_themselves(tmp_path):
+    """One of ten different ones is, with all its copies."""
+    for name, texts, held_out, left in (("one", 100 * ["a"], 0, 100), ("ten", 10 * list(LETTERS[1:11]), 1, 90)):
+        cfg = quick(tmp_path, output_dir=f"{tmp_path}/{name}")
+        task = P.prepare(cfg, texts, worth, model_of(), letters())
+        assert (len(task.held_out), len(task.prompts)) == (held_out, left)
+        assert not {p.row["prompt"] for p in task.held_out} & {p.row["prompt"] for p in task.prompts}
+
+
 def test_the_evaluation_is_of_all_held_out_prompts(tmp_path):
-    """At least a batch of replies. Each metric is a mean over replies with the standard error of that mean; a reward of
-    None counts for nothing. The same seed gives the same replies."""
+    """At least a batch of replies. Each metric is a mean over prompts with the standard error of that mean, where
+    several replies to one prompt count as one; a reward of None counts for nothing. The same seed gives the same
+    replies at each update. All other prompts are trained on."""
     held_out = [{"prompt": "a", "level": x} for x in (1.0, 2.0, None, 6.0)]
     rewards = [lambda level, **columns: level, worth]
     rewards[0].__name__ = "worth"  # two of one name
     cfg = quick(tmp_path, reward_weights=(1.0, 0.0))
-    task = P.prepare(cfg, ["ab"], rewards, model_of(), letters(), held_out)
+    task = P.prepare(cfg, [{"prompt": x, "level": 0.0} for x in ("ab", "b")], rewards, model_of(), letters(), held_out)
+    assert [prompt.row["prompt"] for prompt in task.prompts] == ["ab", "b"]
     metrics, samples = P.evaluate_held_out(task)
     for name, numbers in (("score", [1, 2, 0, 6]), ("rewards/worth", [1, 2, 6])):
-        x = real(2 * numbers)
+        x = real(numbers)
         assert metrics[f"eval/{name}"] == pytest.approx(x.mean())
         assert metrics[f"eval/{name}_se"] == pytest.approx(x.std() / len(x) ** 0.5)
-    assert "eval/rewards/worth_3" in metrics
+    P.seed_everything(1)
+    replies = P.sample_replies(task.actor, 2 * task.held_out, task.stop_ids, cfg).replies()
+    each = real(worth(8 * ["a"], [letters().decode(ids, skip_special_tokens=True) for ids in replies]))
+    each = each.view(2, 4).mean(0)
+    assert metrics["eval/rewards/worth_3"] == pytest.approx(each.mean())
+    assert metrics["eval/rewards/worth_3_se"] == pytest.approx(each.std() / 2)
     assert [(prompt.row, score) for prompt, _, score, _ in samples] == [
         (row, row["level"] or 0) for row in held_out
     ]
-    assert P.evaluate_held_out(task) == (metrics, samples)
+    task.progress.update = 5
+    assert P.evaluate_held_out(task) == (metrics | {"update": 5}, samples)
 
 
 JUDGES = [("GPT2", None), ("Llama", 1), ("Llama", None), ("Bert", 0)]
@@ -1914,7 +2048,7 @@ def test_a_reward_model_scores_each_text_as_if_alone(kind, pad, labels, tmp_path
     judge = model_of(kind, head="ForSequenceClassification", pad_token_id=pad, id2label=names).eval()
     put(tmp_path / "judge", judge, chat_template=CHAT, pad_token=None if pad is None else LETTERS[pad])
     label = None if labels == 1 else f"LABEL_{labels - 1}"
-    reward = P.load_reward_model(str(tmp_path / "judge"), CPU, quick(tmp_path, reward_label=label))
+    reward = P.load_reward_model(str(tmp_path / "judge"), CPU, quick(tmp_path, reward_model=("x",), reward_label=label))
     prompts = ["ab", "c", "what is ", "a", "cab", 40 * "x"]
     completions = ["a", "aaa", "zb", "", "bca", 60 * "y"]
     scores = reward(prompts, completions)
@@ -1953,14 +2087,14 @@ def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monke
     calls, sound = itertools.count(), answers
 
     def fragile(prompts, **columns):
-        return give(len(prompts)) if next(calls) >= 2 else sound(prompts=prompts, **columns)
+        return give(len(prompts)) if next(calls) >= 3 else sound(prompts=prompts, **columns)
 
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[__name__], "answers", functools.update_wrapper(fragile, answers))
         assert P.main(command(f"--output-dir {tmp_path}/x")) == 1
     line = the_line(capsys)
     assert line.startswith(
-        f"ppo_llm.py: saved after update 1, to go on: --resume {tmp_path}/x: reward answers: "
+        f"ppo_llm.py: saved after update 1 and any steps since, to go on: --resume {tmp_path}/x: reward answers: "
     )
     assert message in line
     assert re.search("the prompt '. a' with the reply '", line)
@@ -1997,43 +2131,19 @@ def test_every_kind_of_model_is_itself_and_trains(kind, tmp_path):
 def test_models_of_a_foreign_kind_are_refused(kind, tmp_path):
     """A recurrent state that left padding moves, encoders: a refusal, not a wrong gradient."""
     with pytest.raises(Exception) as refusal:
-        P.prepare(quick(tmp_path), ["ab"], worth, model_of(kind), letters())
-    assert re.search(f"{kind}.* cannot be trained here", str(refusal.value.__notes__))
+        P.prepare(quick(tmp_path), ["ab", "abcdef"], worth, model_of(kind), letters())
+    assert kind in f"{refusal.value}{getattr(refusal.value, '__notes__', '')}"
+    assert not (tmp_path / "x").exists()
 
 
-ROPES = {  # factors that change after 16 tokens
-    "Llama": dict(
-        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0), max_position_embeddings=16
-    ),
-    "Phi3": dict(
-        rope_parameters=dict(
-            rope_type="longrope", rope_theta=1e4, short_factor=4 * [1.0], long_factor=4 * [4.0]
-        ),
-        original_max_position_embeddings=16,
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ROPES)
-def test_rotary_factors_that_change_with_the_length_are_refused_where_they_would(kind, tmp_path):
-    """Where prompt and reply may cross the length from which on they change; where they cannot, the model trains."""
-    lm = model_of(kind, **ROPES[kind])
-    actor, _ = P.make_actors(quick(tmp_path), lm, None, CPU, torch.float32)
-    P.check_padding(actor, lm, 16)
-    with pytest.raises(
-        ValueError, match="beside 20 tokens, left-padded or with a cache, it says other than alone"
-    ):
-        P.check_padding(actor, lm, 20)
-
-
-def test_a_reward_models_head_becomes_the_value_head(tmp_path):
-    """V of each state is at first what the reward model says of the text so far, whatever its kind."""
-    judge = model_of("Llama", 3, "ForSequenceClassification", num_labels=1).eval()
-    cfg = quick(tmp_path, critic=put(tmp_path / "judge", judge))
-    for prompt, reply, said in replies_of(P.prepare(cfg, ["a", "bcd", "ef"], worth, model_of(), letters())):
-        for t in range(len(reply)):
-            states = judge.base_model(torch.tensor([prompt + reply[:t]])).last_hidden_state
-            assert error(said["values"][t], judge.score(states)[0, -1, 0].detach()) < 1e-5
+def test_rotary_factors_that_change_with_the_length_are_refused_where_they_would(tmp_path):
+    """Where prompt and reply may cross the 16 tokens from which on they are others; where they cannot, it trains."""
+    ropes = dict(rope_type="longrope", rope_theta=1e4, short_factor=4 * [1.0], long_factor=4 * [4.0])
+    for length, sound in ((11, True), (14, False)):
+        lm = model_of("Phi3", rope_parameters=ropes, original_max_position_embeddings=16)
+        cfg = quick(tmp_path, response_length=length, output_dir=f"{tmp_path}/{length}")
+        with contextlib.nullcontext() if sound else pytest.raises(ValueError, match="a reply is another when padded"):
+            P.prepare(cfg, ["a", "bcdef"], worth, lm, letters())
 
 
 # ------------------------------------------------------------------------------------------- 11. the folder of a run
@@ -2064,8 +2174,7 @@ def finished(command, tmp_path_factory):
 
 def outcome(run):
     """What must be the same of two runs, bit for bit: metrics, samples, and all weights at the end."""
-    (checkpoint,) = P.checkpoints(run)
-    weights = torch.load(checkpoint / "state.pt")["actor"]
+    weights = torch.load(run / "checkpoint.pt")["actor"]
     return metrics_of(run), lines(run / "samples.jsonl"), {name: x.tolist() for name, x in weights.items()}
 
 
@@ -2093,7 +2202,7 @@ def test_a_signal_ends_after_the_update_and_a_resume_goes_on(
     assert updates_of(run) == list(range(update + 1))
     shown = capsys.readouterr()
     assert "finishing the update in hand" in shown.err
-    assert f"Stopped after update {update}; to go on: python ppo_llm.py --resume {run}" in shown.out
+    assert f"stopped after update {update}, to go on: python ppo_llm.py --resume {run}" in shown.err
     for name in P.LOGS:
         with open(run / name, "a") as f:
             f.write('{"update": 9}\n{"upd')
@@ -2124,11 +2233,11 @@ def copied(finished, tmp_path):
 
 REFUSED = {  # what is changed of a finished run: what the line says of it
     "": "run is complete: to go on, give a larger --num-updates",
-    "--num-updates 8 --learning-rate 0.5": "learning_rate was 0.01 and is 0.5; only num_updates, ",
-    "config.json /model /other": "initial_model was ",
-    "config.json prompts.jsonl letters.txt": "prompt_tokens was ",
+    "--num-updates 8 --learning-rate 0.5": "--resume: learning_rate is not what the run began with",
+    "config.json /model /other": "--resume: the model is not what the run began with",
+    "config.json prompts.jsonl others.jsonl": "--resume: the prompts is not what the run began with",
     "config.json seed seeds": "expected the folder of a run of this ppo_llm.py: TypeError",
-    "state.pt": "checkpoint-000006 is damaged or of another program",
+    "checkpoint.pt": "checkpoint.pt is damaged or of another program",
 }
 
 
@@ -2139,8 +2248,8 @@ def test_a_changed_or_damaged_run_is_refused(change, copied, capsys):
     if change.startswith("config"):
         path = copied / "config.json"
         path.write_text(path.read_text().replace(*change.split()[1:]))
-    elif change == "state.pt":
-        (path,) = copied.glob("*/state.pt")
+    elif change == "checkpoint.pt":
+        path = copied / change
         path.write_bytes(path.read_bytes()[:9999])
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     assert P.main(["--resume", str(copied), *flags]) == 2
@@ -2149,18 +2258,9 @@ def test_a_changed_or_damaged_run_is_refused(change, copied, capsys):
 
 
 def test_a_finished_run_goes_on_with_more_updates(copied):
-    """And evaluates after each if it is asked to. TensorBoard, where it is installed, shows each update once."""
+    """And evaluates after each if it is asked to."""
     assert P.main(["--resume", str(copied), *"--num-updates 8 --eval-every 1".split()]) == 0
     assert updates_of(copied) == [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]
-    assert [path.name for path in P.checkpoints(copied)] == ["checkpoint-000008"]
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(copied))
-    events.Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("objective/scores")]
-    rows = [row for row in metrics_of(copied) if "objective/scores" in row]
-    assert shown == [(row["update"], pytest.approx(row["objective/scores"])) for row in rows]
 
 
 KILLER = """
@@ -2265,7 +2365,7 @@ def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
     words = [sys.executable, P.__file__, "--output-dir", "runs/demo"]
     done = subprocess.run(words, cwd=tmp_path, env=ENV | {"COLUMNS": "80"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for expected in ("before", "after", "Held-out prompts", "fluency", "from_pretrained('runs/demo/policy')"):
+    for expected in ("Held-out prompts at update 20", "fluency", "▸", "from_pretrained('runs/demo/policy')"):
         assert expected in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
     run = tmp_path / "runs" / "demo"
@@ -2274,9 +2374,8 @@ def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
     assert after["eval/rewards/fluency"] > 0.8
     assert before["eval/kl"] == pytest.approx(0, abs=1e-5)
     assert {"update", "prompt", "reply", "score", "kl"} <= set(lines(run / "samples.jsonl")[0])
-    assert json.loads((run / "config.json").read_text())["torch"] == torch.__version__
     policy = AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
-    trained = torch.load(*run.glob("*/state.pt"))["actor"]
+    trained = torch.load(run / "checkpoint.pt")["actor"]
     assert all(torch.equal(x, trained[f"lm.{name}"]) for name, x in policy.items())
 
 
@@ -2467,7 +2566,8 @@ MUSEUM = {
         "compute_advantages",
         "mask = rollout.mask\n",
         "mask = F.pad(rollout.mask, (1, 0), value=True)[:, :-1]\n",
-        test_advantages_are_their_parts_in_order,
+        test_garbage_in_the_padding_changes_no_step_and_no_metric,
+        False,
     ),
     "what the critic says of padding bootstrapped into the last token (ROLL#447)": (
         "gae",
@@ -2484,8 +2584,8 @@ MUSEUM = {
     ),
     "whitening that adds the mean again: advantages are never centred (torchtune)": (
         "masked_whiten",
-        "return centered *",
-        "return torch.where(mask, x, 0.0) *",
+        "centered / std)",
+        "x / std)",
         test_masked_mean_and_whitening,
     ),
     "whitening by the moments of padding too: the result depends on how far the batch is padded (minRLHF)": (
@@ -2496,8 +2596,8 @@ MUSEUM = {
     ),
     "whitening without a floor: one or equal cells give NaN, and the next step destroys the weights": (
         "masked_whiten",
-        "variance + 1e-8",
-        "variance",
+        "torch.where(are_equal, 0.0, centered / std)",
+        "(centered / std)",
         test_masked_mean_and_whitening,
     ),
     "a new unit for the critic that changes what it says": (
