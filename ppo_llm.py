@@ -879,7 +879,7 @@ def foreign(what: str):
         with about(what), torch.random.fork_rng(devices=[]), torch.enable_grad(), contextlib.chdir("."):
             yield
     except SystemExit as e:
-        raise RuntimeError(f"{what}: it called sys.exit()") from e
+        raise ValueError(f"{what}: it called sys.exit()") from e
     finally:
         torch.set_default_dtype(dtype)
 
@@ -1355,11 +1355,11 @@ def rehearse(task: Task) -> None:
         raise ValueError("no weight of the policy would move: expected some that require a gradient")
     weights = get_model_state_dict(actor, options=WHOLE)
     if world()[0] == 0:
-        with tempfile.TemporaryDirectory() as folder, about("the policy, saved and loaded again"):
+        with tempfile.TemporaryDirectory() as folder, about("the policy must load as it is: not compiled, no adapters"):
             own = save_policy(task, weights, folder)
             again = load("ModelForCausalLM", folder).state_dict()
             if not all(name in again and x.equal(again[name]) for name, x in own.items()):
-                raise ValueError("it is another: expected a model of transformers, not compiled, without adapters")
+                raise ValueError("it has other weights")
 
 
 @typechecked
@@ -1382,8 +1382,9 @@ def prepare(
     seed_everything(cfg.seed)
     rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
     rewards += [load_reward_model(name, device, cfg) for name in cfg.reward_model]
-    if cfg.model or model:
-        model = model or load("ModelForCausalLM", cfg.model)
+    if model is None and cfg.model:
+        model = load("ModelForCausalLM", cfg.model)
+    if model is not None:
         tokenizer = tokenizer or load("Tokenizer", cfg.model)
     elif not (prompts or cfg.prompts or rewards):
         model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
@@ -1423,8 +1424,11 @@ def prepare(
         raise ValueError(f"--stop-token {cfg.stop_token}: expected each to be the text of one token of this tokenizer")
     stop_ids |= {i for i, text in enumerate(texts) if text in cfg.stop_token}
     run = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")).expanduser()
-    progress, weighted, stop_ids = Progress(cfg.kl_coef), list(zip(rewards, weights)), sorted(stop_ids)
-    task = Task(cfg, run, actor, ref, optimizer, progress, tokenizer, train_prompts, held_out, weighted, stop_ids)
+    judges = list(zip(rewards, weights))
+    task = Task(
+        cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer,
+        train_prompts, held_out, judges, sorted(stop_ids),
+    )
     rehearse(task)
     if world()[0] == 0:
         with about(f"cannot write into {run}: another run may; give another --output-dir, or go on with --resume"):

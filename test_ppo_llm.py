@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import tokenize
 from pathlib import Path
 from statistics import fmean
@@ -49,7 +50,9 @@ settings.register_profile(
     "ppo", deadline=None, max_examples=50, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("ppo")
-torch.set_num_threads(1)  # as in the subprocesses: sums of another number of threads are rounded in other ways
+torch.set_num_threads(
+    1
+)  # as in the subprocesses: sums of another number of threads are rounded in other ways
 
 REAL = torch.float64
 SOURCE = Path(P.__file__).read_text()
@@ -939,7 +942,9 @@ def test_at_the_optimum_the_expected_gradient_is_0():
 def test_the_entropy_bonus_pulls_along_the_gradient_of_the_bare_models_entropy():
     actor, _, rollout = experience(holes=True)
     batch = whole(rollout)
-    with_bonus, without = (P.ppo_loss(actor, batch, settings_of(ent_coef=c, vf_coef=0.0))[0] for c in (0.5, 0))
+    with_bonus, without = (
+        P.ppo_loss(actor, batch, settings_of(ent_coef=c, vf_coef=0.0))[0] for c in (0.5, 0)
+    )
     entropies = []
     for prompt, reply, said in each_reply(rollout):
         log_pi = distributions(actor.lm, prompt, reply)[:-1][said.mask]
@@ -996,7 +1001,9 @@ def test_with_learning_rate_0_nothing_moves(kind, holes):
     assert metrics["policy/steps"] == 8
     assert metrics["grad_norm"] > 0
     assert torch.equal(weights_of(actor), before)
-    metrics, once = (ppo_steps(actor, rollout, settings_of(num_mini_batches=1, num_ppo_epochs=n)) for n in (2, 1))
+    metrics, once = (
+        ppo_steps(actor, rollout, settings_of(num_mini_batches=1, num_ppo_epochs=n)) for n in (2, 1)
+    )
     assert metrics["grad_norm"] == pytest.approx(once["grad_norm"])  # nothing is left of the step before
     assert metrics["loss/policy"] == pytest.approx(
         -float(rollout.advantages[rollout.mask].mean()), abs=EXACT[kind]
@@ -1119,7 +1126,9 @@ def test_critic_warmup_trains_the_critic_alone(separate):
     assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-9)
     optimizer = torch.optim.Adam(actor.parameters())
     P.ppo_update(actor, optimizer, rollout, cfg, critic_only=True)
-    assert {len(optimizer.state[p]) for p in actor.lm.parameters()} == {0}  # no moments that would move it later
+    assert {len(optimizer.state[p]) for p in actor.lm.parameters()} == {
+        0
+    }  # no moments that would move it later
 
 
 def test_each_term_of_the_loss_has_its_coefficient():
@@ -1404,6 +1413,28 @@ def test_the_metrics_of_an_update_fit_together():
         assert others[0]["objective/rlhf_reward"] != pytest.approx(rows[0]["objective/rlhf_reward"], abs=1e-3)
 
 
+def test_an_update_is_timed_and_scored_and_in_warm_up_moves_the_critic_alone(monkeypatch):
+    """Each of the four phases of an update, by a clock that goes on by 1. The score of a reply is the sum of those of
+    its tokens, whatever stands past its end. In the first of three updates neither the policy nor β moves."""
+    ticks = itertools.count()
+    monkeypatch.setattr(P.time, "perf_counter", lambda: next(ticks))
+    sums = []
+
+    def score(prompts, replies):
+        scores = torch.rand(8, 6)
+        sums.append(fmean(float(row[: len(reply)].sum()) for row, reply in zip(scores, replies)))
+        return scores, {}
+
+    cfg = settings_of(num_updates=3, critic_warmup_updates=1, kl_target=0.1, kl_horizon=100)
+    actor, optimizer, progress = learner(cfg)
+    rows = [metrics for metrics, _ in updates(actor, optimizer, progress, cfg, score)]
+    assert [{x for name, x in row.items() if name.startswith("time/")} for row in rows] == 3 * [{1}]
+    assert {f"time/{name}" for name in ("generate", "reward", "evaluate", "update")} <= rows[0].keys()
+    assert error([row["objective/scores"] for row in rows], sums) < 1e-6
+    assert [abs(row["policy/approxkl"]) > 1e-9 for row in rows] == [False, True, True]
+    assert rows[0]["kl_coef"] == rows[1]["kl_coef"] != rows[2]["kl_coef"]
+
+
 def test_schedule():
     """Warm-up of one update, then the decay over the other three."""
     half = (1 + math.cos(math.pi / 3)) / 2
@@ -1589,7 +1620,7 @@ def put(folder, model, **special):
 
 def worth(prompts, completions, **columns):
     """Of replies of the same length, no two are worth the same for long."""
-    return [float(sum(map(ord, text)) % 10) for text in completions]
+    return [float(sum(map(ord, str(text))) % 10) for text in completions]
 
 
 def interlude():
@@ -1786,6 +1817,29 @@ def test_a_setting_of_the_wrong_type_or_size_is_refused(changes, note, message):
     assert getattr(refusal.value, "__notes__", [None]) == [note]
 
 
+MISTAKEN = {  # an argument of `train`: what is wrong with it
+    "prompts": ["prompts.txt", {"prompt": ["a"]}, []],
+    "eval_prompts": [["x" * 80]],
+    "reward": ["rewards.py:worth", ["rewards.py:worth"], lambda prompts, completions: [0.0], lambda **_: 0.0]
+    + [lambda **_: None, lambda trainer_state, **_: [0.0], lambda prompts, **_: [None] * len(prompts)],
+    "model": ["model", transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1))],
+    "cfg": [{}, None],
+}
+
+
+@pytest.mark.parametrize(
+    "name, i", [(name, i) for name, wrong in MISTAKEN.items() for i in range(len(wrong))]
+)
+def test_a_mistaken_argument_is_refused_before_the_run_begins(name, i, tmp_path):
+    given = dict(
+        cfg=quick(tmp_path), prompts=["a", "ab"], reward=worth, model=model_of(), tokenizer=letters()
+    )
+    with pytest.raises(Exception):
+        P.train(**given | {name: MISTAKEN[name][i]})
+    assert not [*tmp_path.iterdir()]
+    P.train(**given)
+
+
 @pytest.mark.parametrize("arguments", ["--batch-size x", "--kl-estimator k4", "--no-such-flag 1"])
 def test_a_flag_or_a_value_that_does_not_exist_ends_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
@@ -1795,8 +1849,8 @@ def test_a_flag_or_a_value_that_does_not_exist_ends_with_status_2(arguments, cap
 
 
 def test_every_flag_is_explained(capsys, monkeypatch):
-    """--help says which flags to look at first. It has three groups, and names each flag with the sentence that stands beside it in the source, which says
-    what None means."""
+    """--help says which flags to look at first, then has three groups, and names each flag with the sentence that stands
+    beside it in the source, which says what None means."""
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         P.main(["--help"])
@@ -1839,7 +1893,9 @@ EFFECTIVE = {  # each of these flags alone makes another run
     **dict(
         prompts="prompts.jsonl", reward=("other.py:zero",), reward_model=("scorer",), reward_weights=(2.0,)
     ),
-    **dict(eval_prompts="prompts.jsonl", stop_token=("c",), dtype="bfloat16", critic="separate", eval_every=1),
+    **dict(
+        eval_prompts="prompts.jsonl", stop_token=("c",), dtype="bfloat16", critic="separate", eval_every=1
+    ),
 }
 INEFFECTIVE = dict(micro_batch_size=1, gradient_checkpointing=True, save_every=1, device="auto")
 TOLD_ELSEWHERE = {"output_dir", "resume", "reward_label"}
@@ -1902,7 +1958,9 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
         {"prompt": [user, begun], "answer": None, "level": "x", "chat_template_kwargs": {"mood": " gay"}},
         {"prompt": "plain", "answer": 1, "level": "y"},
     ]
-    tokenizer = letters(bos_token="<", eos_token="q", chat_template="{{ mood }}{{ tools[0].x if tools }}" + CHAT)
+    tokenizer = letters(
+        bos_token="<", eos_token="q", chat_template="{{ mood }}{{ tools[0].x if tools }}" + CHAT
+    )
     bos = ("<", LETTERS.index("<"))  # which it puts before each text
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("< $0", special_tokens=[bos])
     cfg = quick(tmp_path, batch_size=60)
@@ -1919,6 +1977,12 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     assert any(raw != completion for _, completion, _, raw, _ in seen if isinstance(completion, str))
     assert metrics["rewards/reward"] == 2
     assert metrics["objective/scores"] == pytest.approx(4 / 3)
+
+
+def test_lines_of_a_text_are_prompts_as_they_stand(tmp_path):
+    """With the spaces at their ends and all but the line breaks of files; without a byte order mark, or empty lines."""
+    (tmp_path / "x.txt").write_bytes("\ufeff a \r\n\n \nb\u2028c\x0cd\n".encode())
+    assert P.load_prompts(f"{tmp_path}/x.txt") == [" a ", "b\u2028c\x0cd"]
 
 
 def test_prompt_and_reply_are_the_whole_text():
@@ -1995,7 +2059,10 @@ def test_held_out_prompts_are_not_trained_on(tmp_path, capsys):
 
 def test_equal_prompts_are_not_held_out_beside_themselves(tmp_path):
     """One of ten different ones is, with all its copies."""
-    for name, texts, held_out, left in (("one", 100 * ["a"], 0, 100), ("ten", 10 * list(LETTERS[1:11]), 1, 90)):
+    for name, texts, held_out, left in (
+        ("one", 100 * ["a"], 0, 100),
+        ("ten", 10 * list(LETTERS[1:11]), 1, 90),
+    ):
         cfg = quick(tmp_path, output_dir=f"{tmp_path}/{name}")
         task = P.prepare(cfg, texts, worth, model_of(), letters())
         assert (len(task.held_out), len(task.prompts)) == (held_out, left)
@@ -2010,7 +2077,9 @@ def test_the_evaluation_is_of_all_held_out_prompts(tmp_path):
     rewards = [lambda level, **columns: level, worth]
     rewards[0].__name__ = "worth"  # two of one name
     cfg = quick(tmp_path, reward_weights=(1.0, 0.0))
-    task = P.prepare(cfg, [{"prompt": x, "level": 0.0} for x in ("ab", "b")], rewards, model_of(), letters(), held_out)
+    task = P.prepare(
+        cfg, [{"prompt": x, "level": 0.0} for x in ("ab", "b")], rewards, model_of(), letters(), held_out
+    )
     assert [prompt.row["prompt"] for prompt in task.prompts] == ["ab", "b"]
     metrics, samples = P.evaluate_held_out(task)
     for name, numbers in (("score", [1, 2, 0, 6]), ("rewards/worth", [1, 2, 6])):
@@ -2048,7 +2117,9 @@ def test_a_reward_model_scores_each_text_as_if_alone(kind, pad, labels, tmp_path
     judge = model_of(kind, head="ForSequenceClassification", pad_token_id=pad, id2label=names).eval()
     put(tmp_path / "judge", judge, chat_template=CHAT, pad_token=None if pad is None else LETTERS[pad])
     label = None if labels == 1 else f"LABEL_{labels - 1}"
-    reward = P.load_reward_model(str(tmp_path / "judge"), CPU, quick(tmp_path, reward_model=("x",), reward_label=label))
+    reward = P.load_reward_model(
+        str(tmp_path / "judge"), CPU, quick(tmp_path, reward_model=("x",), reward_label=label)
+    )
     prompts = ["ab", "c", "what is ", "a", "cab", 40 * "x"]
     completions = ["a", "aaa", "zb", "", "bca", 60 * "y"]
     scores = reward(prompts, completions)
@@ -2069,6 +2140,77 @@ def test_rewards_in_files_of_one_name_are_each_their_own(files, tmp_path):
         assert P.load_reward(f"{tmp_path}/{folder}/{name}.py:score")() == f"{folder} {name}"
 
 
+def test_a_reward_may_import_what_is_beside_it_and_be_pickled(tmp_path):
+    """As a pool of processes does with it and with what it makes. Its name may hold a dash."""
+    (tmp_path / "beside_it.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Job: x: int\n"
+    )
+    (tmp_path / "my-reward.py").write_text("import beside_it\ndef score(x): return beside_it.Job(x)\n")
+    score = P.load_reward(f"{tmp_path}/my-reward.py:score")
+    assert pickle.loads(pickle.dumps(score)) is score
+    assert pickle.loads(pickle.dumps(score(3))).x == 3
+
+
+def vandal(prompts, completions, completion_ids, **columns):
+    """Says what `worth` says, and leaves nothing as it was."""
+    scores = worth(prompts, completions)
+    for x in (prompts, completions, completion_ids, *columns.values()):
+        for y in x:
+            if isinstance(y, list):
+                y += y
+        x.clear()
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    random.seed(0)
+    os.chdir("/")
+    return scores
+
+
+def test_what_a_reward_does_to_its_arguments_and_to_torch_ends_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    for i, reward in enumerate((worth, functools.wraps(worth)(vandal))):
+        cfg = quick(tmp_path, num_updates=3, output_dir=str(i))
+        rows = [{"prompt": [{"role": "user", "content": x}], "list": ["x"]} for x in "abcd"]
+        run = P.train(cfg, rows, [reward, worth], model_of(), letters(chat_template=CHAT))
+        runs.append((metrics_of(run), lines(run / "samples.jsonl")))
+    assert runs[0] == runs[1]
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+
+
+class Judge:
+    async def __call__(self, prompts, completions, **columns):
+        return worth(prompts, completions)
+
+
+async def later(prompts, completions, **columns):
+    return worth(prompts, completions)
+
+
+def test_rewards_may_be_asynchronous_and_objects(tmp_path):
+    run = P.train(quick(tmp_path), ["a", "bc"], [worth, later, Judge()], model_of(), letters())
+    row = metrics_of(run)[1]
+    assert row["rewards/worth"] == row["rewards/later"] == row["rewards/Judge"] != 0
+
+
+def test_a_reward_may_end_the_processes_that_it_starts(tmp_path, capfd):
+    """Our signal handlers are not theirs."""
+
+    def reward(prompts, **columns):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.1)
+        child.terminate()
+        child.join(20)
+        return [float(child.exitcode)] * len(prompts)
+
+    row = metrics_of(P.train(quick(tmp_path), ["a", "bc"], reward, model_of(), letters()))[1]
+    assert row["rewards/reward"] == -signal.SIGTERM
+    assert "finishing the update" not in capfd.readouterr().err
+
+
 GIVEN = {  # what a reward gives for the replies in update 2, and what the line says
     "one number for all": (lambda n: 1.0, "TypeError"),
     "too few": (lambda n: [0.0] * (n - 1), "expected 1 finite numbers or None, got []"),
@@ -2076,6 +2218,7 @@ GIVEN = {  # what a reward gives for the replies in update 2, and what the line 
     "nan": (lambda n: [float("nan")] * n, "expected 1 finite numbers or None, got [nan]"),
     "infinite": (lambda n: [0.0] * (n - 1) + [float("inf")], "inf"),
     "an error": (lambda n: [1 / 0], "ZeroDivisionError: division by zero"),
+    "an exit": (lambda n: sys.exit(), "it called sys.exit()"),
 }
 
 
@@ -2097,7 +2240,7 @@ def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monke
         f"ppo_llm.py: saved after update 1 and any steps since, to go on: --resume {tmp_path}/x: reward answers: "
     )
     assert message in line
-    assert re.search("the prompt '. a' with the reply '", line)
+    assert given == "an exit" or re.search("the prompt '. a' with the reply '", line)
     if given == "an error":
         assert P.main(["--resume", f"{tmp_path}/x"]) == 0
         assert outcome(tmp_path / "x") == outcome(finished)
@@ -2142,8 +2285,77 @@ def test_rotary_factors_that_change_with_the_length_are_refused_where_they_would
     for length, sound in ((11, True), (14, False)):
         lm = model_of("Phi3", rope_parameters=ropes, original_max_position_embeddings=16)
         cfg = quick(tmp_path, response_length=length, output_dir=f"{tmp_path}/{length}")
-        with contextlib.nullcontext() if sound else pytest.raises(ValueError, match="a reply is another when padded"):
+        with (
+            contextlib.nullcontext()
+            if sound
+            else pytest.raises(ValueError, match="a reply is another when padded")
+        ):
             P.prepare(cfg, ["a", "bcdef"], worth, lm, letters())
+
+
+def test_a_policy_that_cannot_move_or_be_loaded_again_is_refused(tmp_path):
+    """Frozen; compiled, whose weights have other names; with adapters, which are saved without their base."""
+    frozen, compiled = model_of().requires_grad_(False), torch.compile(model_of())
+    for lm, why in ((frozen, "no weight of the policy would move"), (compiled, "")):
+        with pytest.raises(Exception, match=why):
+            P.prepare(quick(tmp_path), ["a"], worth, lm, letters())
+        assert not (tmp_path / "x").exists()
+    peft = pytest.importorskip("peft")
+    adapted = model_of()
+    adapted.add_adapter(peft.LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(Exception):
+        P.prepare(quick(tmp_path), ["a"], worth, adapted, letters())
+    assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_are_nan_are_told_as_such(tmp_path):
+    lm = model_of()
+    lm.get_output_embeddings().weight.data[3] = math.nan
+    with pytest.raises(FloatingPointError, match="are NaN or infinite") as refusal:
+        P.prepare(quick(tmp_path), ["a"], worth, lm, letters())
+    assert refusal.value.__notes__ == ["GPT2LMHeadModel, before any training"]
+
+
+def test_models_as_the_hub_has_them_train(tmp_path):
+    """A generation config with a temperature that greedy decoding ignores; a head that is zero at the start."""
+    lm = model_of(tie_word_embeddings=False)
+    lm.get_output_embeddings().weight.data.zero_()
+    put(tmp_path / "lm", lm)
+    path = tmp_path / "lm" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6}))
+    cfg = quick(tmp_path, model=f"{tmp_path}/lm", learning_rate=1e-2)
+    saved = AutoModelForCausalLM.from_pretrained(P.train(cfg, ["a"], worth) / "policy")
+    assert saved.get_output_embeddings().weight.any()
+
+
+def test_every_weight_is_in_one_group_and_none_decays(tmp_path):
+    actor, _ = P.make_actors(quick(tmp_path), model_of(), model_of(), CPU, torch.float32)
+    groups = P.make_optimizer(quick(tmp_path, learning_rate=1.0, critic_lr=2.0), actor).param_groups
+    own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
+    assert [{*map(id, group["params"])} for group in groups] == [
+        {*map(id, x)} for x in ([*actor.lm.parameters()], own)
+    ]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1, 0), (2, 0)]
+
+
+def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch):
+    """Of several GPUs each process takes the one that torchrun gives it."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    found = [P.pick_device(quick(tmp_path, device=name))[0].type for name in ("auto", "cpu")]
+    assert found == ["meta", "cpu"]
+    taken = []
+    for owner, name, value in (
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "set_device", taken.append),
+        (P.dist, "init_process_group", taken.append),
+        (P.dist, "get_rank", lambda: 0),
+        (P.atexit, "register", lambda *_: None),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    P.start_processes()
+    assert taken == [3, "cpu:gloo,cuda:nccl"]
 
 
 # ------------------------------------------------------------------------------------------- 11. the folder of a run
@@ -2186,7 +2398,7 @@ def assert_alike(run, other):
     assert error(*policies) < 5e-3
 
 
-STOPS = [(signal.SIGINT, 1, ""), (signal.SIGTERM, 3, ""), (signal.SIGINT, 3, "--micro-batch-size 1")]
+STOPS = [(signal.SIGINT, 1, ""), (signal.SIGTERM, 3, ""), (signal.SIGHUP, 3, "--micro-batch-size 1")]
 
 
 @pytest.mark.parametrize("number, update, more", STOPS)
@@ -2226,6 +2438,15 @@ def test_a_second_signal_ends_at_once(number, command, finished, tmp_path, monke
     assert outcome(tmp_path / "x") == outcome(finished)
 
 
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with P.finish_on_signal(tmp_path) as asked:
+        signal.raise_signal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert asked == []
+
+
 @pytest.fixture
 def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
@@ -2255,6 +2476,70 @@ def test_a_changed_or_damaged_run_is_refused(change, copied, capsys):
     assert P.main(["--resume", str(copied), *flags]) == 2
     assert REFUSED[change] in the_line(capsys)
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_run_began_with_is_known_by_its_bytes(tmp_path):
+    """Weights in another order, of any type; columns; the reward's file."""
+    (tmp_path / "r.py").write_text("a")
+    spec = (f"{tmp_path}/r.py:f",)
+    begun, lm = [], torch.nn.Linear(2, 1)
+    types = (torch.complex64, torch.float8_e4m3fn, torch.bool, torch.bfloat16)
+    for i, dtype in enumerate(types):
+        lm.register_buffer(f"x{i}", torch.zeros(3).to(dtype))
+
+    def look(answer=1):
+        prompts = [Prompt([1, 2], {"prompt": "a", "answer": answer})]
+        begun.append(P.fingerprint(quick(tmp_path, reward=spec), lm, prompts))
+
+    look()
+    look()
+    lm.weight.data = lm.weight.data.flip(1)
+    look()
+    look(2)
+    (tmp_path / "r.py").write_text("b")
+    look(2)
+    assert begun[0] == begun[1]
+    changed = [{name for name in old if old[name] != new[name]} for old, new in zip(begun[1:], begun[2:])]
+    assert changed == [{"the model"}, {"the prompts"}, {"the file of the reward"}]
+
+
+def test_two_processes_do_not_write_into_one_run(copied, capfd):
+    """The second is refused, and nothing is changed. What a user has put beside the run's files stays."""
+    (copied / "checkpoint-backup.pt").write_bytes(b"mine")
+    arguments = ["--resume", str(copied), "--num-updates", "7"]
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    at_work = subprocess.Popen([sys.executable, "-c", HOLDER, copied / "lock"], stdout=subprocess.PIPE)
+    assert at_work.stdout.readline() == b"locked\n"
+    assert P.main(arguments) == 2
+    assert f"cannot write into {copied}: another run may" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    at_work.kill()
+    at_work.wait()
+    assert P.main(arguments) == 0
+    assert (copied / "checkpoint-backup.pt").read_bytes() == b"mine"
+
+
+HOLDER = """
+import fcntl, sys, time
+held = open(sys.argv[1], "w")
+fcntl.lockf(held, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(99)
+"""
+
+
+def test_a_run_says_how_it_goes(tmp_path, capsys, monkeypatch):
+    """Replies to held-out prompts, what they are worth, the share that ended, and where the policy is. `~` is home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = P.train(quick(Path("~")), ["a"], worth, model_of(), letters(), ["bc", "de"])
+    assert run == tmp_path / "x"
+    shown = capsys.readouterr()
+    for update in (0, 1):
+        assert f"Held-out prompts at update {update}, mean ± standard error: score " in shown.out
+    for row in lines(run / "samples.jsonl"):
+        assert (f"  {row['prompt']} ▸ {row['reply'].strip()}" in shown.out) == row["held_out"]
+    assert re.search(r"score -?\d+\.\d\d, KL -?\d+\.\d, ended \d+%", shown.err)
+    assert f"from_pretrained('{run}/policy')" in shown.out
 
 
 def test_a_finished_run_goes_on_with_more_updates(copied):
@@ -2377,6 +2662,16 @@ def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
     policy = AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
     trained = torch.load(run / "checkpoint.pt")["actor"]
     assert all(torch.equal(x, trained[f"lm.{name}"]) for name, x in policy.items())
+
+
+def test_the_demos_model_and_its_training_follow_the_seed():
+    def weights(seed):
+        P.seed_everything(seed)
+        return weights_of(P.demo_task(seed, steps=2)[0])
+
+    first, again, other = map(weights, (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_without_a_model_only_the_demo_runs(tmp_path):
