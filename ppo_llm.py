@@ -1080,6 +1080,7 @@ class Task:
     held_out: list[Prompt]
     rewards: list[tuple]  # each with its weight
     stop_ids: list[int]
+    lock: object = contextlib.nullcontext()  # of the folder, until the run ends
 
     def judge(self, prompts: list[Prompt], replies: list[list[int]]) -> dict[str, Tensor]:
         """All that is said of each reply, [B] each: its score, what each reward function says, whether it has ended.
@@ -1101,17 +1102,17 @@ class Task:
         ]
         ended = torch.tensor([float(reply[-1] in self.stop_ids) for reply in replies])
         said = {"score": self.cfg.missing_eos_penalty * (ended - 1), "reply/ended": ended}
-        answered = False
+        heard = 0
         for reward, weight in self.rewards:
             part = torch.zeros(B)
             name = getattr(reward, "__name__", type(reward).__name__)
             with foreign(f"reward {name}: expected f(prompts, completions, **columns) -> list of floats"):
                 part[share] = ask(reward, columns)
             said["score"] += weight * all_sum(part).nan_to_num()
-            answered |= bool(part.isfinite().any())
+            heard += part.isfinite().sum()
             name = f"rewards/{name}"
             said[f"{name}_{len(said)}" if name in said else name] = part
-        if not answered:
+        if not heard:
             raise ValueError("every reward says None of every reply: expected a number for some")
         return said
 
@@ -1206,7 +1207,7 @@ def make_optimizer(cfg: Config, actor: Actor) -> torch.optim.Optimizer:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def start_processes() -> None:
+def start_processes():
     """Join those that torchrun started, if it did. Only the first prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
@@ -1220,7 +1221,7 @@ def start_processes() -> None:
             sys.stdout = open(os.devnull, "w")
 
 
-def shard(model: nn.Module | None, reshard: bool) -> None:
+def shard(model: nn.Module | None, reshard: bool):
     """Leave each process a part of every weight of the first: FSDP2, a unit for each layer and one for the rest."""
     from torch.distributed.fsdp import fully_shard
 
@@ -1247,7 +1248,7 @@ MAY_CHANGE = (  # on a resume
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # whole tensors, in the first process
 
 
-def save_policy(task: Task, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def save_policy(task: Task, weights: dict, folder: Path) -> dict:
     """Write the policy of the actor's weights as a folder of transformers, and return its own."""
     own = {name[3:]: x for name, x in weights.items() if name.startswith("lm.")}
     task.actor.lm.save_pretrained(folder, state_dict=own)
@@ -1255,7 +1256,7 @@ def save_policy(task: Task, weights: dict[str, Tensor], folder: Path) -> dict[st
     return own
 
 
-def save(task: Task) -> None:
+def save(task: Task):
     """Write run/policy and run/checkpoint.pt, which a resume needs. A kill at any moment leaves a whole checkpoint."""
     weights, moments = get_state_dict(task.actor, task.optimizer, options=WHOLE)
     if world()[0] > 0:
@@ -1271,7 +1272,7 @@ def save(task: Task) -> None:
         file.replace(task.run / "checkpoint.pt")
 
 
-def fingerprint(cfg: Config, model: nn.Module, prompts: list[Prompt]) -> dict[str, str]:
+def fingerprint(cfg: Config, model: nn.Module, prompts: list[Prompt]) -> dict:
     """What must be the same on a resume, besides the settings: another model must not become the reference unseen."""
     tensors = (x.cpu().flatten().view(torch.uint8).numpy() for x in model.state_dict().values())
     weights = [hashlib.sha256(x).digest() for x in tensors]
@@ -1288,7 +1289,7 @@ def read_config(run: str):
         return Config(**settings), saved["fingerprint"]
 
 
-def resume(task: Task, initial: dict[str, str]) -> None:
+def resume(task: Task, initial: dict):
     """Go back to the run's checkpoint, and cut the logs to it. Without one the run begins anew. initial: `fingerprint`.
     """
     cfg_before, initial_before = read_config(task.cfg.resume)
@@ -1309,7 +1310,7 @@ def resume(task: Task, initial: dict[str, str]) -> None:
                 task.optimizer,
                 model_state_dict=saved["actor"],
                 optim_state_dict=saved["optimizer"],
-                options=WHOLE,
+                options=dataclasses.replace(WHOLE, cpu_offload=False),
             )
             for name, parameter in task.actor.named_parameters():  # the policy has no moments while the critic warms up
                 if name not in saved["optimizer"]["state"]:
@@ -1328,7 +1329,7 @@ def resume(task: Task, initial: dict[str, str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def rehearse(task: Task) -> None:
+def rehearse(task: Task):
     """Go the whole way once before anything is written, with the shortest prompt beside the longest: sample replies of
     full length, ask every reward, take a step at a learning rate of 0, save the policy and load it again.
 
@@ -1336,6 +1337,7 @@ def rehearse(task: Task) -> None:
     be padded, or whose rotary factors change with the length.
     """
     cfg, actor = task.cfg, task.actor
+    optimizer = torch.optim.AdamW(actor.parameters(), 0.0)  # while the parameters are shards: a forward makes them whole
     by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
     prompts = [by_length[0], *by_length[-1:] * cfg.micro_batch_size] * world()[1]
     with about(f"{type(actor.lm).__name__}, before any training"):
@@ -1351,7 +1353,7 @@ def rehearse(task: Task) -> None:
         raise ValueError(f"{type(actor.lm).__name__} cannot be trained here: a reply is another when padded or cached")
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
     once = dataclasses.replace(cfg, num_ppo_epochs=1, num_mini_batches=1, vf_coef=0.0)
-    if ppo_update(actor, torch.optim.AdamW(actor.parameters(), 0.0), rollout, once)["grad_norm"] == 0:
+    if ppo_update(actor, optimizer, rollout, once)["grad_norm"] == 0:
         raise ValueError("no weight of the policy would move: expected some that require a gradient")
     weights = get_model_state_dict(actor, options=WHOLE)
     if world()[0] == 0:
@@ -1434,10 +1436,11 @@ def prepare(
         with about(f"cannot write into {run}: another run may; give another --output-dir, or go on with --resume"):
             if not cfg.resume:
                 run.mkdir(parents=True)
-            with contextlib.suppress(ImportError):  # Windows has no such locks; this one ends with the process
+            task.lock = open(run / "lock", "w")
+            with contextlib.suppress(ImportError):  # Windows has no such locks
                 import fcntl
 
-                fcntl.lockf(os.open(run / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(task.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if cfg.resume:
         resume(task, initial)
     elif world()[0] == 0:
@@ -1478,7 +1481,7 @@ def finish_on_signal(run: Path):
     once. What is ignored, as SIGHUP is under nohup, stays so."""
     asked, owner = [], os.getpid()
 
-    def ask_to_end(number: int, frame) -> None:
+    def ask_to_end(number: int, frame):
         if os.getpid() != owner:  # a process that a reward has forked
             signal.signal(number, old[number])
             signal.raise_signal(number)
@@ -1524,7 +1527,7 @@ def run_task(task: Task) -> Path:
     def is_due(every: int | None) -> bool:
         return progress.update == cfg.num_updates or (every is not None and progress.update % every == 0)
 
-    with finish_on_signal(run) as asked, bar:
+    with finish_on_signal(run) as asked, bar, task.lock:
         if progress.update == 0:
             log(*evaluate_held_out(task), held_out=True)
         updates = ppo(task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress)

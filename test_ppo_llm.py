@@ -2626,7 +2626,7 @@ def test_two_processes_do_what_one_does(command, finished, half, monkeypatch):
     arguments = command(f"--output-dir {half}/x --save-every 4")
     status, err = torchrun(2, in_two_processes, " ".join(arguments), half)
     assert status == 1
-    assert err.count("ppo_llm.py: reward answers: ZeroDivisionError: division by zero") == 1
+    assert len(re.findall("ppo_llm.py: reward answers: .*: ZeroDivisionError: division by zero", err)) == 1
     assert updates_of(half / "failed") == [0, 1]
     for name in ("x", "alone"):
         assert_alike(half / name, finished)
