@@ -407,11 +407,11 @@ class Actor(nn.Module):
         head.weight, head.bias = old.weight, old.bias  # the same parameters: what is tied stays tied
         lm.set_output_embeddings(head)
         width = old.in_features if critic is None else critic.config.get_text_config().hidden_size
-        real = torch.promote_types(lm.dtype, torch.float32)
-        self.value_head = nn.Linear(width, 1, device=lm.device, dtype=real)
+        self.real = torch.promote_types(lm.dtype, torch.float32)  # of values and log-probabilities
+        self.value_head = nn.Linear(width, 1, device=lm.device, dtype=self.real)
         for weight in self.value_head.parameters():
             nn.init.zeros_(weight)  # V starts equal in all states: no random baseline
-        self.register_buffer("spread", torch.zeros((), device=lm.device, dtype=real))
+        self.register_buffer("spread", torch.zeros((), device=lm.device, dtype=self.real))
 
     @property
     def unit(self) -> Tensor:  # []
@@ -466,7 +466,7 @@ class Actor(nn.Module):
         logits, states = output.logits[:, before] / temperature, output.hidden_states[-1]
         if self.critic is not None:
             states = self.run(self.critic, ids, attention, use_cache=False).last_hidden_state
-        features = states[:, before].to(self.value_head.weight.dtype)
+        features = states[:, before].to(self.real)
         values = self.unit * self.value_head(features).squeeze(-1)
         logprobs = logprobs_from_logits(logits, batch.responses)
         entropy = entropy_from_logits(logits) if with_entropy else torch.zeros_like(logprobs)
@@ -500,7 +500,7 @@ def sample_replies(
     """
     queries, query_mask = left_pad([prompt.ids for prompt in prompts])
     responses = queries.new_zeros(len(prompts), cfg.response_length)
-    logprobs = torch.zeros(responses.shape, dtype=actor.value_head.weight.dtype)
+    logprobs = torch.zeros(responses.shape, dtype=actor.real)
     uniform = torch.rand(responses.shape, dtype=torch.float64)
     rank, count = world()
     for rows in torch.arange(len(prompts))[rank::count].split(8 * cfg.micro_batch_size):
@@ -558,7 +558,7 @@ def fill_logprobs_and_values(
     FloatingPointError if one of them is NaN or infinite.
     """
     B, T = rollout.mask.shape
-    filled = torch.zeros(4, B, T, dtype=actor.value_head.weight.dtype)
+    filled = torch.zeros(4, B, T, dtype=actor.real)
     for rows, batch in micro_batches(rollout, torch.arange(B), cfg.micro_batch_size, actor.lm.device):
         said = [*actor(batch, cfg.temperature)]
         said.append(ref(batch, cfg.temperature, with_entropy=False)[0] if ref else math.nan * said[0])
@@ -582,7 +582,7 @@ def compute_advantages(
     rollout.rewards = token_rewards(scores, kl, mask, kl_coef)
     # The sums of rewards that came after each token, without the critic: λ = 1 and V = 0.
     sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
-    rounding = 1e-6 * sampled_returns.abs().max()  # of float32: what differs by less is equal
+    rounding = 16 * torch.finfo(kl.dtype).eps * sampled_returns.abs().max()  # what differs by less is equal
     spread = float(sampled_returns[mask].std(correction=0))
     if spread < rounding:
         spread = 0.0
@@ -911,7 +911,7 @@ class RunConfig:
     critic: str = "shared"  # a head on the policy's hidden states; separate: on a copy of it; or a model to start from
     output_dir: str | None = None  # new folder of the run; None: runs/TIME
     save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C and on errors
-    eval_every: Count | None = None  # updates between evaluations on held-out prompts; None: before and after
+    eval_every: Count | None = None  # updates between held-out evaluations, which show samples; None: before and after
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on a GPU that has it

@@ -1293,28 +1293,12 @@ def test_rounding_is_no_spread():
     actor = P.Actor(tiny())
     P.compute_advantages(actor, rollout, torch.full((8,), 0.1, dtype=REAL), 0.0, settings_of())
     assert actor.unit == 1
-    scores, cfg = torch.full((8,), 1000.1, dtype=REAL), settings_of(whiten_advantages=True)
+    scores, cfg = torch.full((8,), 1000.1), settings_of(whiten_advantages=True)
+    rollout.logprobs, rollout.ref_logprobs = rollout.logprobs.float(), rollout.ref_logprobs.float()
     for miss, any_advantage in ((1e-4, False), (1e-2, True)):
-        rollout.values = scores.unsqueeze(1) + miss * torch.randn(rollout.mask.shape, dtype=REAL)
+        rollout.values = scores.unsqueeze(1) + miss * torch.randn(rollout.mask.shape)
         P.compute_advantages(actor, rollout, scores, 0.0, cfg)
         assert rollout.advantages.any() == any_advantage
-
-
-def test_one_outlier_does_not_stop_the_learning():
-    """A score of -100 among the first makes the critic's unit larger than all scores that follow."""
-    for outlier in (0.0, -100.0):
-
-        def score(prompts, replies):
-            scores, _ = fours(prompts, replies)
-            scores[0] += outlier * (progress.update == 0)
-            return scores, {}
-
-        cfg = settings_of(num_updates=12, batch_size=16, kl_coef=0.0, whiten_advantages=True)
-        actor, optimizer, progress = learner(cfg)
-        rows = [metrics["objective/scores"] for metrics, _ in updates(actor, optimizer, progress, cfg, score)]
-        assert actor.unit > 10 or outlier == 0
-        assert rows[0] < 0.4
-        assert fmean(rows[-3:]) > 0.9
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -1836,6 +1820,8 @@ def test_a_mistaken_argument_is_refused_before_the_run_begins(name, i, tmp_path)
     )
     with pytest.raises(Exception):
         P.train(**given | {name: MISTAKEN[name][i]})
+    with pytest.raises(RuntimeError), torch.no_grad():
+        P.train(**given)
     assert not [*tmp_path.iterdir()]
     P.train(**given)
 
@@ -1979,6 +1965,15 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     assert metrics["objective/scores"] == pytest.approx(4 / 3)
 
 
+def test_a_chat_needs_no_chat_template_where_its_tokenizer_has_another_way():
+    """As those of mistral-common have."""
+    tokenizer = letters()
+    tokenizer.apply_chat_template = lambda messages, **options: [3, len(messages)]
+    assert tokenizer.chat_template is None
+    row = {"prompt": [{"role": "user", "content": "a"}]}
+    assert P.encode(tokenizer, [row], 30, 60) == [Prompt([3, 1], row)]
+
+
 def test_lines_of_a_text_are_prompts_as_they_stand(tmp_path):
     """With the spaces at their ends and all but the line breaks of files; without a byte order mark, or empty lines."""
     (tmp_path / "x.txt").write_bytes("\ufeff a \r\n\n \nb\u2028c\x0cd\n".encode())
@@ -2099,13 +2094,15 @@ def test_the_evaluation_is_of_all_held_out_prompts(tmp_path):
     assert P.evaluate_held_out(task) == (metrics | {"update": 5}, samples)
 
 
-JUDGES = [("GPT2", None), ("Llama", 1), ("Llama", None), ("Bert", 0)]
+JUDGES = [("GPT2", None), ("Llama", 1), ("Llama", -1), ("Bert", 0), ("Roberta", 1)]
 
 
 @torch.no_grad()
 def judged_alone(model, text):
-    """The last logit of the one text by the model's own forward. A text that is too long keeps its end."""
-    return model(torch.tensor([letters()(text)["input_ids"][-64:]])).logits[0, -1].item()
+    """The last logit of the one text by the model's own forward. A text that is too long keeps its end: RoBERTa counts
+    positions from 2."""
+    room = 62 if model.config.model_type == "roberta" else 64
+    return model(torch.tensor([letters()(text)["input_ids"][-room:]])).logits[0, -1].item()
 
 
 @pytest.mark.parametrize("kind, pad", JUDGES)
@@ -2115,7 +2112,8 @@ def test_a_reward_model_scores_each_text_as_if_alone(kind, pad, labels, tmp_path
     encoder. The label picks one logit of several. A chat is read by the judge's own template."""
     names = {i: f"LABEL_{i}" for i in reversed(range(labels))}
     judge = model_of(kind, head="ForSequenceClassification", pad_token_id=pad, id2label=names).eval()
-    put(tmp_path / "judge", judge, chat_template=CHAT, pad_token=None if pad is None else LETTERS[pad])
+    special = dict(pad_token=LETTERS[pad]) if pad in (0, 1) else {}
+    put(tmp_path / "judge", judge, chat_template=CHAT, model_max_length=64 - 2 * (kind == "Roberta"), **special)
     label = None if labels == 1 else f"LABEL_{labels - 1}"
     reward = P.load_reward_model(
         str(tmp_path / "judge"), CPU, quick(tmp_path, reward_model=("x",), reward_label=label)
@@ -2548,37 +2546,13 @@ def test_a_finished_run_goes_on_with_more_updates(copied):
     assert updates_of(copied) == [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]
 
 
-KILLER = """
-import os, random, signal, sys, time
-import torch, transformers, tyro, ppo_llm, MODULE  # once: each life of the run is a fork of this process
-rng = random.Random(0)
-for life in range(99):
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open("life.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(1, 2)
-        os._exit(ppo_llm.main(["--resume", "x"] if os.path.exists("x/config.json") else sys.argv[1:]))
-    end = time.monotonic() + rng.uniform(0.2, 1.5)
-    while life < 12 and time.monotonic() < end and not (life % 2 and end - time.monotonic() < 1
-                                                         and os.path.exists("x/unfinished")):
-        time.sleep(0.001)
-    if life < 12:
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFEXITED(status):
-        sys.exit(f"{life} lives, status {os.WEXITSTATUS(status)}")
-"""
-
-
 @pytest.mark.slow
-def test_killed_at_random_moments_a_run_ends_as_if_never_disturbed(command, tmp_path, capsys):
-    """SIGKILL 12 times, every other time in the middle of a save, if there is one soon."""
-    arguments = command("--num-updates 40 --save-every 1 --output-dir x")
-    words = [sys.executable, "-c", KILLER.replace("MODULE", __name__), *arguments]
+def test_killed_at_random_moments_a_run_ends_as_if_never_disturbed(tmp_path):
+    """Ten times; runs/reference/bench/kill.py does it as often as one likes."""
+    words = [sys.executable, HERE / "runs" / "reference" / "bench" / "kill.py", "10"]
     done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert done.stderr.strip() == "12 lives, status 0", (tmp_path / "life.txt").read_text()
-    assert P.main([*arguments, "--output-dir", f"{tmp_path}/alone"]) == 0
-    assert outcome(tmp_path / "x") == outcome(tmp_path / "alone")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"killed 10 times, \d of them in a save: the same at the end\n", done.stdout)
 
 
 # ------------------------------------------------------------------------------------------- 10. several processes

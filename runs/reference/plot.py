@@ -187,10 +187,10 @@ def main() -> None:
     args = parser.parse_args()
     study = STUDIES.get(args.runs[0].name)
     output = args.output or (args.runs[0].with_suffix(".svg") if study else args.runs[0] / "curves.svg")
-    if not output.parent.is_dir():
-        raise SystemExit(f"{output}: expected a file in a folder that exists")
     matplotlib.rcParams.update(STYLE)
     figure = study(args.runs[0]) if study else draw([read_run(run) for run in args.runs])
+    if not output.parent.is_dir():
+        raise SystemExit(f"{output}: expected a file in a folder that exists")
     figure.savefig(output, format="svg", dpi=200, transparent=True, metadata={"Date": None}, bbox_inches="tight")
     print(output)
 
