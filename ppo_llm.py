@@ -17,13 +17,14 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
   1. Generate: the policy writes a reply to each of B prompts (`sample_replies`). A `Rollout` holds the replies and all
      that is computed for them.
   2. Score: a function of yours gives each reply a number, or one for each of its tokens.
-  3. Log-probabilities and values: one forward pass of the policy gives both for every token of the replies. A frozen
-     copy of the first policy, the reference, gives its own log-probabilities (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is its score less β·KL. A return is the sum of the rewards still to come, a
+  3. Log-probabilities and values: a forward pass of the policy gives both for every token of the replies, but for the
+     values of a critic of its own. A frozen copy of the first policy, the reference, gives its own log-probabilities
+     (`fill_logprobs_and_values`).
+  4. Advantages: the reward of a token is its score less β·KL. A return is the sum of the rewards from a token on, a
      value V is what the critic predicts of it, an advantage is how much better it went than predicted. With
-     γ = λ = 1, the defaults, an advantage is the return less V, before whitening (`compute_advantages`).
+     γ = λ = 1, the defaults, an advantage is the return less V, before it is scaled (`compute_advantages`).
   5. Update: several epochs of minibatches on the clipped surrogate and the value loss (`ppo_update`).
-  6. Metrics: what happened, over the trained tokens only (`rollout_metrics`).
+  6. Metrics: what happened, as means over replies or over trained tokens (`rollout_metrics`).
 
 Ours, not PPO's:
 
@@ -31,12 +32,13 @@ Ours, not PPO's:
   that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no change whether
   scores are of size 0.01 or 100, or all near 1000. (kl_coef does: it is a price in score units per nat.)
 - An update in which KL(old ‖ new) passes `target_kl` ends early. OpenAI's Spinning Up has such a stop too.
-- All random numbers of an update come from (seed, update), so that a resumed run needs no state of any generator.
+- All random numbers of an update come from (seed, update), and the order of the prompts from (seed, pass), so that a
+  resumed run needs no state of any generator.
 
 Left out on purpose: top-k and top-p. They change the distribution that is sampled, and with it every ratio.
 
-Shapes: B replies, P prompt tokens (padded on the left), T reply tokens (padded on the right), V vocabulary; b are the
-replies of a micro-batch. Everything of the RL part is aligned to the reply, [B, T].
+Shapes: B replies, P prompt tokens (padded on the left), T reply tokens (padded on the right), V vocabulary (elsewhere V
+is the value); b are the replies of a micro-batch. Everything of the RL part is aligned to the reply, [B, T].
 
 Papers: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2015 (1506.02438); RLHF with a KL penalty,
 Ziegler et al. 2019 (1909.08593); KL estimators, Schulman 2020 (joschu.net/blog/kl-approx.html).
@@ -57,10 +59,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. The mathematics: pure functions of tensors. Each can be copied out alone.
+# 1. The mathematics: pure functions of tensors, to be copied out alone or by twos.
 #    A mask is True on the tokens that the policy wrote. It may have holes: text inside a reply that an environment
-#    wrote, such as the output of a tool. Cells outside the mask may hold anything, even NaN, and change nothing:
-#    torch.where drops what they hold, where a multiplication by 0 would keep NaN.
+#    wrote, such as the output of a tool. Cells outside the mask may hold anything, even NaN, and change nothing (but
+#    for scores: see `token_rewards`): torch.where drops what they hold, where a multiplication by 0 would keep NaN.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -91,8 +93,8 @@ def masked_whiten(
 ):  # [B, T]
     """Shift and scale the cells of the mask to mean 0 and variance 1, the population's. The others become 0.
 
-    Cells that are all equal, but for the rounding of float32, become 0 too. In float64: the mean of equal numbers would
-    differ from them by rounding, which the division would blow up.
+    Cells that are all equal, but for the rounding of float32, become 0 too. Computed in float64: in float32 the mean of
+    equal numbers differs from them by rounding, which the division would blow up.
     """
     wide = x.double()
     centered = torch.where(mask, wide - masked_mean(wide, mask), 0.0)
@@ -135,8 +137,8 @@ def kl_estimate(
 def adaptive_kl_coef(kl_coef, kl, target, horizon, episodes):
     """The next β of the proportional controller of Ziegler et al. 2019, section 2.2: up when KL is above its target.
 
-    kl and target are in nats per reply. The relative error is clipped to ±0.2, so that `horizon` episodes spent far
-    from the target change β by about a fifth, and one call by no more, however many its episodes.
+    kl and target are in nats per reply. The relative error is clipped to ±0.2, so that `horizon` episodes (replies)
+    spent far from the target change β by about a fifth, and one call by no more, however many its episodes.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * min(1, episodes / horizon))
@@ -176,8 +178,9 @@ def gae(
 
         δ_t = r_t + γ·V_{t+1} - V_t          A_t = δ_t + γλ·A_{t+1}          return_t = A_t + V_t
 
-    values[:, t] is V of the state before token t. After the last token V is 0, even if the reply was cut off at its
-    longest. Time runs over the tokens of the mask: a hole takes none. Other cells of both results are 0.
+    values[:, t] is V of the state before token t: of the prompt and the reply so far. After the last token V is 0, even
+    if the reply was cut off at its longest. Time runs over the tokens of the mask: a hole takes none. Other cells of
+    both results are 0.
     """
     next_advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = torch.zeros_like(values)
@@ -203,7 +206,7 @@ def policy_loss(
     A is the advantage. A token whose ρ has left [1-ε, 1+ε] in the direction that A asks for has no gradient any
     more; one that has left it in the other direction keeps its gradient.
 
-    cliprange_high: upper ε, if it differs from the lower (clip-higher, DAPO, arXiv 2503.14476).
+    cliprange_high: upper ε; None: the lower (clip-higher, DAPO, arXiv 2503.14476).
     stats: means over the mask of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
     """
     upper = cliprange if cliprange_high is None else cliprange_high
@@ -228,7 +231,8 @@ def value_loss(
 ):  # [], stats
     """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
 
-    The clip is not in the PPO paper; it comes from openai/baselines (ppo2). stats: the share of tokens where it binds.
+    All in the critic's unit. The clip is not in the PPO paper; it comes from openai/baselines (ppo2). stats: the share
+    of tokens where it binds.
     """
     error = larger_error = torch.where(mask, new_values - returns, 0.0) ** 2
     if cliprange_value is not None:
@@ -280,7 +284,7 @@ class PPOConfig:
     warmup_updates: Whole = 0  # updates of linear learning-rate warm-up
     max_grad_norm: Positive = 1.0  # gradient clipping
     cliprange: Positive = 0.2  # ε of the ratio
-    cliprange_high: Positive | None = None  # upper ε, if larger (clip-higher, DAPO); None: the same ε
+    cliprange_high: Positive | None = None  # upper ε (clip-higher, DAPO); None: the same ε
     cliprange_value: Positive | None = None  # ε of the value clip, in units of the critic; None: off
     vf_coef: NotNegative = 0.3  # c1, weight of the value loss
     ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus
@@ -336,8 +340,9 @@ class Rollout:
 
 
 # Every process holds the whole rollout and computes some rows of it, with 0 in the others: their sum is the whole. With
-# one process these two do nothing. With several, the group must take tensors of CPU and GPU ("cpu:gloo,cuda:nccl"), and
-# who spreads the model over them must add gradients up, not average them: in Part II that is FSDP2.
+# one process the next two functions change nothing. With several, the group must take tensors of CPU and GPU
+# ("cpu:gloo,cuda:nccl"), and who spreads the model over them must add gradients up, not average them: in Part II that
+# is FSDP2.
 
 
 def world():
@@ -345,7 +350,7 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_sum(x: Tensor) -> Tensor:
+def all_sum(x: Tensor):
     """x, added up over the processes in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -385,7 +390,8 @@ class Actor(nn.Module):
 
     lm: the model, which is trained in place, and whose output head is replaced by a `Head` with the same weights;
     adapters of peft may sit on its layers.
-    dtype: of matrix products (autocast). Weights that are trained must be float32, or ValueError.
+    dtype: of matrix products but the head's (autocast). Weights that are trained must be float32 or wider, or
+    ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
     """
 
@@ -420,7 +426,8 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def fit_returns(self, spread: float, shift: float):
-        """Widen the critic's unit to `spread`, which leaves every V as it is; then move every V by `shift`.
+        """Widen the critic's unit to `spread`, the first one as it is, which leaves every V alone; then move every V by
+        `shift`.
 
         After PopArt, arXiv 1809.04474. Errors of the critic are then of size 1 and mean 0 whatever the scores are, so
         vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the weights that
@@ -553,16 +560,16 @@ def fill_logprobs_and_values(
     rollout: Rollout,
     cfg: PPOConfig,
 ):
-    """Fill in the outputs of policy, critic and reference for every reply token, by the forward that training uses.
+    """Fill in the outputs of policy, critic and reference for every trained token, by the forward that training uses.
 
     FloatingPointError if one of them is NaN or infinite.
     """
     B, T = rollout.mask.shape
     filled = torch.zeros(4, B, T, dtype=actor.real)
     for rows, batch in micro_batches(rollout, torch.arange(B), cfg.micro_batch_size, actor.lm.device):
-        said = [*actor(batch, cfg.temperature)]
-        said.append(ref(batch, cfg.temperature, with_entropy=False)[0] if ref else math.nan * said[0])
-        filled[:, rows, : batch.mask.shape[1]] = torch.stack(said).cpu()
+        outputs = [*actor(batch, cfg.temperature)]
+        outputs.append(ref(batch, cfg.temperature, with_entropy=False)[0] if ref else math.nan * outputs[0])
+        filled[:, rows, : batch.mask.shape[1]] = torch.stack(outputs).cpu()
     filled = torch.where(rollout.mask, all_sum(filled), 0.0)
     if not filled[: 4 if ref else 3].isfinite().all():
         raise FloatingPointError("probabilities or values are NaN or infinite; in training, lower the learning rate")
@@ -576,22 +583,22 @@ def compute_advantages(
     kl_coef: float,
     cfg: PPOConfig,
 ):
-    """Fit the critic's unit and mean error to the rewards, then fill in rewards, advantages and returns."""
+    """Fit the critic's unit and bias to the returns, then fill in rewards, advantages and returns."""
     mask = rollout.mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
     rollout.rewards = token_rewards(scores, kl, mask, kl_coef)
-    # The sums of rewards that came after each token, without the critic: λ = 1 and V = 0.
+    # The sums of rewards from each token on, discounted, without the critic: λ = 1 and V = 0.
     sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
     rounding = 16 * torch.finfo(kl.dtype).eps * sampled_returns.abs().max()  # what differs by less is equal
     spread = float(sampled_returns[mask].std(correction=0))
-    if spread < rounding:
+    if not spread >= rounding:  # nor is it known where there is no trained token
         spread = 0.0
     shift = float(masked_mean(sampled_returns - rollout.values, mask))
     actor.fit_returns(spread, shift)
     rollout.values += shift  # what the actor says from now on
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
     advantages[advantages.abs() < rounding] = 0  # else whitening would blow them up
-    rollout.advantages = advantages / float(actor.unit)
+    rollout.advantages = advantages / float(actor.unit)  # matters where they are not whitened
     if cfg.whiten_advantages:
         rollout.advantages = masked_whiten(rollout.advantages, mask)
 
@@ -685,7 +692,8 @@ def ppo(
     sample: Callable = sample_replies,
     loss: Callable = ppo_loss,
 ):
-    """Train the actor in place until cfg.num_updates updates are done. Yields the metrics and four samples of each.
+    """Train the actor in place until cfg.num_updates updates are done. Yields the metrics of each update and
+    four samples, each (prompt, token ids of the reply, score, KL in nats).
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own first rate times the schedule.
@@ -694,11 +702,12 @@ def ppo(
     name, to be logged. Where there are several processes, all must get the same. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     sample: what takes the place of `sample_replies`, such as an environment or a serving engine. It gives the whole
-    rollout, a row for each prompt in their order, with all fields that are not None at first.
+    rollout, a row for each prompt in their order, with all fields that have no default.
     loss: what takes the place of `ppo_loss`. It gives a mean over `batch.mask`, and at least the statistic
-    "policy/approxkl". A sample that is yielded is (prompt, token ids of the reply, score, KL in nats).
+    "policy/approxkl".
 
-    Raises ValueError for settings, scores or rollouts that cannot be, FloatingPointError for a policy that diverges.
+    Raises ValueError for a batch that cannot be divided, for a reference, scores or masks that do not fit, and
+    FloatingPointError for a policy that diverges. Ranges of settings are checked in Part II.
     """
     check_batch(cfg)
     if ref is None and (cfg.kl_coef > 0 or cfg.kl_target is not None):
@@ -1337,7 +1346,7 @@ def rehearse(task: Task):
     be padded, or whose rotary factors change with the length.
     """
     cfg, actor = task.cfg, task.actor
-    optimizer = torch.optim.AdamW(actor.parameters(), 0.0)  # while the parameters are shards: a forward makes them whole
+    optimizer = torch.optim.AdamW(actor.parameters(), 0.0)  # while they are shards: a forward makes them whole
     by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
     prompts = [by_length[0], *by_length[-1:] * cfg.micro_batch_size] * world()[1]
     with about(f"{type(actor.lm).__name__}, before any training"):
