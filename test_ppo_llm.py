@@ -1301,6 +1301,21 @@ def test_rounding_is_no_spread():
         assert rollout.advantages.any() == any_advantage
 
 
+def test_an_outlier_widens_the_unit_for_good_and_moves_no_v():
+    """But by the mean error, which is 0 after each batch."""
+    actor, _, rollout = experience()
+    usual = torch.arange(8.0)
+    wild = usual.clone()
+    wild[3] = -100
+    units = []
+    for scores in (usual, wild, usual):
+        P.fill_logprobs_and_values(actor, None, rollout, settings_of())
+        P.compute_advantages(actor, rollout, scores, 0.0, settings_of())
+        assert error(P.masked_mean(rollout.values - rollout.returns, rollout.mask), 0) < 1e-9
+        units.append(float(actor.unit))
+    assert units[0] < 4 < 20 < units[1] == units[2]
+
+
 @pytest.mark.parametrize("whiten", [False, True])
 def test_equal_scores_leave_everything_finite(whiten):
     """Whole numbers are scores too."""
