@@ -917,8 +917,8 @@ class RunConfig:
     """Optimizer and critic; where and how it runs."""
     learning_rate: Positive = 1e-5  # of AdamW, at its highest
     critic_lr: Positive | None = None  # the same for what only the critic uses; None: the policy's
-    critic: str = "shared"  # a head on the policy's hidden states; separate: on a copy of it; or a model to start from
-    output_dir: str | None = None  # new folder of the run; None: runs/TIME
+    critic: str = "shared"  # a head on the policy's hidden states; separate: on a copy of it; or a model of its kind
+    output_dir: str | None = None  # new folder of the run; None: runs/TIME-PROCESS
     save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C and on errors
     eval_every: Count | None = None  # updates between held-out evaluations, which show samples; None: before and after
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
@@ -1528,8 +1528,9 @@ def run_task(task: Task) -> Path:
             with open(run / name if is_first else os.devnull, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         if held_out and rows:
-            means = (f"{x[5:]} {metrics[x]:.2f} ± {metrics[x + '_se']:.2f}" for x in metrics if x + "_se" in metrics)
-            bar.write(f"\nHeld-out prompts at update {progress.update}, mean ± standard error: {', '.join(means)}")
+            names = [name for name in metrics if name + "_se" in metrics]
+            means = (f"{name.split('/')[-1]} {metrics[name]:.2f} ± {metrics[name + '_se']:.2f}" for name in names)
+            bar.write(f"\nHeld-out, update {progress.update}: {', '.join(means)}")
             for row in rows:
                 bar.write("  " + textwrap.shorten(f"{row['prompt']} ▸ {row['reply']}", 500))
 

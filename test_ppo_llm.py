@@ -2548,7 +2548,7 @@ def test_a_run_says_how_it_goes(tmp_path, capsys, monkeypatch):
     assert run == tmp_path / "x"
     shown = capsys.readouterr()
     for update in (0, 1):
-        assert f"Held-out prompts at update {update}, mean ± standard error: score " in shown.out
+        assert f"Held-out, update {update}: score " in shown.out
     for row in lines(run / "samples.jsonl"):
         assert (f"  {row['prompt']} ▸ {row['reply'].strip()}" in shown.out) == row["held_out"]
     assert re.search(r"score -?\d+\.\d\d, KL -?\d+\.\d, ended \d+%", shown.err)
@@ -2639,7 +2639,7 @@ def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
     words = [sys.executable, P.__file__, "--output-dir", "runs/demo"]
     done = subprocess.run(words, cwd=tmp_path, env=ENV | {"COLUMNS": "80"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for expected in ("Held-out prompts at update 20", "fluency", "▸", "from_pretrained('runs/demo/policy')"):
+    for expected in ("Held-out, update 20: score", "fluency", "▸", "from_pretrained('runs/demo/policy')"):
         assert expected in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
     run = tmp_path / "runs" / "demo"

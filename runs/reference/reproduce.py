@@ -37,6 +37,7 @@ RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "units": ("10 min", f"{LEARN} --table learning/before.jsonl learning/defaults.jsonl",
               f"{LEARN} --seeds 10 11 12 --out learning/defaults.jsonl"),
     "redesign": ("10 min", f"{LEARN} --table learning/redesign.jsonl", f"{LEARN} {REDESIGN}"),
+    "killed": ("6 min", "", "python bench/kill.py 100"),
     "speed": ("15 min", "", "python bench/compare.py --updates 3"),
     "speed-trl": ("1 h", "", f"python bench/compare.py --trl {TRL} --updates 3"),
 }
