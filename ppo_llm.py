@@ -991,7 +991,7 @@ def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
         if len(ids) <= room:
             prompts.append(Prompt(ids, columns | row))
     if rows and not prompts:
-        raise ValueError(f"all {len(rows)} prompts have more than {room} tokens")
+        raise ValueError(f"all {len(rows)} prompts have more than {room} tokens, what the longest reply leaves them")
     if len(prompts) < len(rows):
         print(f"Dropped {len(rows) - len(prompts)} of {len(rows)} prompts, of more than {room} tokens")
     return prompts
@@ -1063,9 +1063,10 @@ def ask(reward: Callable, columns: dict[str, list]) -> Tensor:  # -> [B]
     try:
         answers = reward(**copy.deepcopy(columns))
         answers = list(asyncio.run(answers) if inspect.isawaitable(answers) else answers)
-        if len(answers) != len(prompts) or not all(x is None or math.isfinite(x) for x in answers):
+        scores = torch.tensor([math.nan if x is None else float(x) for x in answers])
+        if scores.isfinite().sum() + answers.count(None) != len(prompts):
             raise ValueError(f"expected {len(prompts)} finite numbers or None, got {answers!r:.300}")
-        return torch.tensor([math.nan if x is None else float(x) for x in answers])
+        return scores
     except Exception as e:
         if len(prompts) == 1:
             e.add_note(f"the prompt {prompts[0]!r:.300} with the reply {completions[0]!r:.300}")
@@ -1121,8 +1122,8 @@ class Task:
             heard += part.isfinite().sum()
             name = f"rewards/{name}"
             said[f"{name}_{len(said)}" if name in said else name] = part
-        if not heard:
-            raise ValueError("every reward says None of every reply: expected a number for some")
+        if not heard or not said["score"].isfinite().all():
+            raise ValueError("expected a reward that is not None for some reply, and finite --reward-weights")
         return said
 
     def score(self, prompts: list[Prompt], replies: list[list[int]]) -> tuple:
@@ -1180,7 +1181,7 @@ def load_critic(cfg: Config, model: nn.Module, tokenizer) -> nn.Module | None:
     return critic
 
 
-def layers_of(model: nn.Module):
+def layers_of(model):
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -1249,9 +1250,8 @@ def shard(model: nn.Module | None, reshard: bool):
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-MAY_CHANGE = (  # on a resume
-    "num_updates save_every eval_every micro_batch_size gradient_checkpointing device resume".split()
-)
+# On a resume:
+MAY_CHANGE = "num_updates save_every eval_every micro_batch_size gradient_checkpointing device resume".split()
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # whole tensors, in the first process
@@ -1348,10 +1348,9 @@ def rehearse(task: Task):
     cfg, actor = task.cfg, task.actor
     optimizer = torch.optim.AdamW(actor.parameters(), 0.0)  # while they are shards: a forward makes them whole
     by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
-    prompts = [by_length[0], *by_length[-1:] * cfg.micro_batch_size] * world()[1]
-    with about(f"{type(actor.lm).__name__}, before any training"):
-        rollout = sample_replies(actor, prompts, [], cfg)
-        fill_logprobs_and_values(actor, task.ref, rollout, cfg)
+    prompts = [by_length[0], *by_length[-1:] * min(cfg.micro_batch_size, cfg.batch_size)] * world()[1]
+    rollout = sample_replies(actor, prompts, [], cfg)
+    fill_logprobs_and_values(actor, task.ref, rollout, cfg)
     task.judge(prompts, rollout.replies())
     rollout.present[0, 8:] = False  # and `mask`, which is the same
     with torch.no_grad():
@@ -1363,7 +1362,7 @@ def rehearse(task: Task):
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
     once = dataclasses.replace(cfg, num_ppo_epochs=1, num_mini_batches=1, vf_coef=0.0)
     if ppo_update(actor, optimizer, rollout, once)["grad_norm"] == 0:
-        raise ValueError("no weight of the policy would move: expected some that require a gradient")
+        raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
     weights = get_model_state_dict(actor, options=WHOLE)
     if world()[0] == 0:
         with tempfile.TemporaryDirectory() as folder, about("the policy must load as it is: not compiled, no adapters"):
@@ -1435,12 +1434,12 @@ def prepare(
         raise ValueError(f"--stop-token {cfg.stop_token}: expected each to be the text of one token of this tokenizer")
     stop_ids |= {i for i, text in enumerate(texts) if text in cfg.stop_token}
     run = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")).expanduser()
-    judges = list(zip(rewards, weights))
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer,
-        train_prompts, held_out, judges, sorted(stop_ids),
+        train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids),
     )
-    rehearse(task)
+    with about(f"in the rehearsal of {type(model).__name__}"):
+        rehearse(task)
     if world()[0] == 0:
         with about(f"cannot write into {run}: another run may; give another --output-dir, or go on with --resume"):
             if not cfg.resume:
@@ -1454,7 +1453,7 @@ def prepare(
         resume(task, initial)
     elif world()[0] == 0:
         (run / "config.json").write_text(json.dumps({"settings": vars(cfg), "fingerprint": initial}, indent=2))
-    print(f"{cfg.num_updates} updates of {cfg.batch_size} replies, written to {run}")
+    print(f"{cfg.num_updates} updates, {len(train_prompts)} prompts, {len(held_out)} held out, written to {run}")
     return task
 
 
@@ -1500,7 +1499,7 @@ def finish_on_signal(run: Path):
             asked.append(number)
             print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    numbers = signal.valid_signals() & {1, 2, 15}  # SIGHUP where there is one, SIGINT, SIGTERM
     old = {n: signal.signal(n, ask_to_end) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield asked
@@ -1532,7 +1531,7 @@ def run_task(task: Task) -> Path:
             means = (f"{name.split('/')[-1]} {metrics[name]:.2f} ± {metrics[name + '_se']:.2f}" for name in names)
             bar.write(f"\nHeld-out, update {progress.update}: {', '.join(means)}")
             for row in rows:
-                bar.write("  " + textwrap.shorten(f"{row['prompt']} ▸ {row['reply']}", 500))
+                bar.write("  " + textwrap.shorten(f"{row['prompt']} | {row['reply']}", 500))
 
     def is_due(every: int | None) -> bool:
         return progress.update == cfg.num_updates or (every is not None and progress.update % every == 0)
@@ -1703,7 +1702,7 @@ def main(argv: list[str] | None = None) -> int:
         status = 1
         run_task(task)
     except KeyboardInterrupt as e:
-        print(f"ppo_llm.py: {e}", file=sys.stderr)
+        print(f"ppo_llm.py: {str(e) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as e:
         file = Path(tempfile.gettempdir(), f"ppo_llm-{os.getpid()}.txt")
