@@ -1856,8 +1856,8 @@ def test_a_flag_or_a_value_that_does_not_exist_ends_with_status_2(arguments, cap
 
 
 def test_every_flag_is_explained(capsys, monkeypatch):
-    """--help says which flags to look at first, then has three groups, and names each flag with the sentence that stands
-    beside it in the source, which says what None means."""
+    """--help says which flags to look at first, then has three groups, and names each flag with the sentence that
+    stands beside it in the source, which says what None means."""
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         P.main(["--help"])
