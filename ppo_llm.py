@@ -6,7 +6,7 @@
 """PPO for language models, in one file to be read in a sitting.
 
     python ppo_llm.py                                 # embedded demo: no download, no GPU, under a minute
-    python ppo_llm.py --model gpt2 --prompts prompts.jsonl --reward rewards.py:score     # on a GPU if there is one
+    python ppo_llm.py --model gpt2 --prompts prompts.jsonl --reward rewards.py:ten_words     # on a GPU if there is one
     torchrun --nproc-per-node 8 ppo_llm.py --model ...                                   # on several
 
 Part I, up to the line "Part I ends here", is PPO, complete, and is to be copied whole. It needs torch and transformers,
@@ -991,7 +991,7 @@ def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
         if len(ids) <= room:
             prompts.append(Prompt(ids, columns | row))
     if rows and not prompts:
-        raise ValueError(f"all {len(rows)} prompts have more than {room} tokens, what the longest reply leaves them")
+        raise ValueError(f"all {len(rows)} prompts have more than the {room} tokens that --response-length leaves")
     if len(prompts) < len(rows):
         print(f"Dropped {len(rows) - len(prompts)} of {len(rows)} prompts, of more than {room} tokens")
     return prompts
@@ -1031,7 +1031,7 @@ def load_reward_model(name: str, device: torch.device, cfg: Config) -> Callable:
     labels = [*model.config.id2label.values()]
     label = cfg.reward_label if cfg.reward_label or len(labels) > 1 else labels[0]
     if label not in labels:
-        raise ValueError(f"--reward-label {label}: expected one of {', '.join(labels)}, the labels of {name}")
+        raise ValueError(f"--reward-label: expected one of {', '.join(labels)}, the labels of {name}")
 
     def score(prompts: list, completions: list, **columns) -> list[float]:
         scores = []
@@ -1116,7 +1116,7 @@ class Task:
         for reward, weight in self.rewards:
             part = torch.zeros(B)
             name = getattr(reward, "__name__", type(reward).__name__)
-            with foreign(f"reward {name}: expected f(prompts, completions, **columns) -> list of floats"):
+            with foreign(f"reward {name}, f(prompts, completions, **columns) -> list of floats"):
                 part[share] = ask(reward, columns)
             said["score"] += weight * all_sum(part).nan_to_num()
             heard += part.isfinite().sum()
@@ -1441,7 +1441,7 @@ def prepare(
     with about(f"in the rehearsal of {type(model).__name__}"):
         rehearse(task)
     if world()[0] == 0:
-        with about(f"cannot write into {run}: another run may; give another --output-dir, or go on with --resume"):
+        with about(f"{run}: expected a new folder, or with --resume one in which no other run writes"):
             if not cfg.resume:
                 run.mkdir(parents=True)
             task.lock = open(run / "lock", "w")
@@ -1453,7 +1453,10 @@ def prepare(
         resume(task, initial)
     elif world()[0] == 0:
         (run / "config.json").write_text(json.dumps({"settings": vars(cfg), "fingerprint": initial}, indent=2))
-    print(f"{cfg.num_updates} updates, {len(train_prompts)} prompts, {len(held_out)} held out, written to {run}")
+    print(
+        f"Update {task.progress.update} of {cfg.num_updates}, with {len(train_prompts)} prompts and "
+        f"{len(held_out)} held out, written to {run}"
+    )
     return task
 
 
@@ -1494,7 +1497,7 @@ def finish_on_signal(run: Path):
             signal.signal(number, old[number])
             signal.raise_signal(number)
         elif asked:
-            raise KeyboardInterrupt(f"stopped at once; {run} is as its last checkpoint.pt, if it has one")
+            raise KeyboardInterrupt(f"stopped at once; to go on from the last checkpoint, if there is one: --resume {run}")
         else:
             asked.append(number)
             print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
@@ -1663,8 +1666,9 @@ def demo_task(seed: int, steps: int = 160):
 class Flags:
     """PPO for language models. Without --model it runs the embedded demo, with settings of its own.
 
-    Look first at --model, --prompts, --reward, --num-updates, --batch-size,
-    and --response-length, --learning-rate, --kl-coef, --save-every, --resume.
+    Look first at --model, --prompts, --reward, --num-updates, --batch-size.
+
+    Then at --response-length, --learning-rate, --kl-coef, --save-every, --resume.
 
     python ppo_llm.py --model gpt2 --prompts prompts.txt --reward rewards.py:f
 
