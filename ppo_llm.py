@@ -1497,7 +1497,7 @@ def finish_on_signal(run: Path):
             signal.signal(number, old[number])
             signal.raise_signal(number)
         elif asked:
-            raise KeyboardInterrupt(f"stopped at once; to go on from the last checkpoint, if there is one: --resume {run}")
+            raise KeyboardInterrupt(f"stopped at once; to go on from its last checkpoint, if any: --resume {run}")
         else:
             asked.append(number)
             print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)

@@ -2556,7 +2556,10 @@ def test_two_processes_do_not_write_into_one_run(copied, capfd):
     at_work = subprocess.Popen([sys.executable, "-c", HOLDER, copied / "lock"], stdout=subprocess.PIPE)
     assert at_work.stdout.readline() == b"locked\n"
     assert P.main(arguments) == 2
-    assert f"{copied}: expected a new folder, or with --resume one in which no other run writes" in capfd.readouterr().err
+    assert (
+        f"{copied}: expected a new folder, or with --resume one in which no other run writes"
+        in capfd.readouterr().err
+    )
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
     at_work.kill()
     at_work.wait()
