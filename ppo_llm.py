@@ -856,12 +856,7 @@ import traceback
 import typing
 from pathlib import Path
 
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 from typeguard import typechecked
 
 OWN_COLUMNS = set("prompts completions completion_ids raw_completions".split())  # what a reward gets besides the rows'
@@ -964,7 +959,10 @@ def load_prompts(path: str | None) -> list:
         if "\0" in text:
             raise ValueError("it is not in UTF-8")
         read = {".txt": str, ".jsonl": lambda line: dict(json.loads(line))}[Path(path).suffix]
-        return [read(line) for line in text.split("\n") if line.strip()]
+        rows = [read(line) for line in text.split("\n") if line.strip()]
+        if not rows:
+            raise ValueError("there is no prompt in it")
+        return rows
 
 
 def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
@@ -1254,10 +1252,10 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 MAY_CHANGE = "num_updates save_every eval_every micro_batch_size gradient_checkpointing device resume".split()
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # whole tensors, in the first process
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # whole tensors, in process 0
 
 
-def save_policy(task: Task, weights: dict, folder: Path) -> dict:
+def save_policy(task: Task, weights: dict, folder: Path):
     """Write the policy of the actor's weights as a folder of transformers, and return its own."""
     own = {name[3:]: x for name, x in weights.items() if name.startswith("lm.")}
     task.actor.lm.save_pretrained(folder, state_dict=own)
@@ -1267,7 +1265,7 @@ def save_policy(task: Task, weights: dict, folder: Path) -> dict:
 
 def save(task: Task):
     """Write run/policy and run/checkpoint.pt, which a resume needs. A kill at any moment leaves a whole checkpoint."""
-    weights, moments = get_state_dict(task.actor, task.optimizer, options=WHOLE)
+    weights, moments = dcp.get_state_dict(task.actor, task.optimizer, options=WHOLE)
     if world()[0] > 0:
         return
     folder, file = task.run / "unfinished", task.run / "unfinished.pt"
@@ -1281,7 +1279,7 @@ def save(task: Task):
         file.replace(task.run / "checkpoint.pt")
 
 
-def fingerprint(cfg: Config, model: nn.Module, prompts: list[Prompt]) -> dict:
+def fingerprint(cfg: Config, model: nn.Module, prompts: list[Prompt]):
     """What must be the same on a resume, besides the settings: another model must not become the reference unseen."""
     tensors = (x.cpu().flatten().view(torch.uint8).numpy() for x in model.state_dict().values())
     weights = [hashlib.sha256(x).digest() for x in tensors]
@@ -1313,13 +1311,13 @@ def resume(task: Task, initial: dict):
     path = task.run / "checkpoint.pt"
     if path.exists():
         with about(f"{path} is damaged or of another program"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            set_state_dict(
+            saved = torch.load(path, map_location="cpu")
+            dcp.set_state_dict(
                 task.actor,
                 task.optimizer,
                 model_state_dict=saved["actor"],
                 optim_state_dict=saved["optimizer"],
-                options=dataclasses.replace(WHOLE, cpu_offload=False),
+                options=dataclasses.replace(WHOLE, cpu_offload=False)
             )
             for name, parameter in task.actor.named_parameters():  # the policy has no moments while the critic warms up
                 if name not in saved["optimizer"]["state"]:
@@ -1363,7 +1361,7 @@ def rehearse(task: Task):
     once = dataclasses.replace(cfg, num_ppo_epochs=1, num_mini_batches=1, vf_coef=0.0)
     if ppo_update(actor, optimizer, rollout, once)["grad_norm"] == 0:
         raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
-    weights = get_model_state_dict(actor, options=WHOLE)
+    weights = dcp.get_model_state_dict(actor, options=WHOLE)
     if world()[0] == 0:
         with tempfile.TemporaryDirectory() as folder, about("the policy must load as it is: not compiled, no adapters"):
             own = save_policy(task, weights, folder)
@@ -1436,7 +1434,7 @@ def prepare(
     run = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")).expanduser()
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer,
-        train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids),
+        train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids)
     )
     with about(f"in the rehearsal of {type(model).__name__}"):
         rehearse(task)

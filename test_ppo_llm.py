@@ -1782,7 +1782,8 @@ BAD = {  # what is added to the sound command: what the one line says
     "--prompts taken.jsonl": "no column of the prompts may be called completions",
     "--prompts number.jsonl": "the prompts number.jsonl: expected .txt, a prompt a line, or .jsonl, a row",
     "--prompts utf16.txt": "the prompts utf16.txt",
-    "--prompts empty.txt": "there is no prompt to train on",
+    "--prompts empty.txt": "the prompts empty.txt",
+    "--eval-prompts empty.txt": "there is no prompt in it",
     "--eval-prompts bad.jsonl": "the prompts bad.jsonl",
     "--response-length 61": "all 26 prompts have more than the 3 tokens that --response-length",
     # Rewards.
