@@ -1167,7 +1167,8 @@ def pick_device(cfg: Config) -> tuple:
 
 
 def load_critic(cfg: Config, model: nn.Module, tokenizer) -> nn.Module | None:
-    """What a critic of its own starts from: a copy of the policy, another language model, or a reward model."""
+    """What a critic of its own starts from: a copy of the policy, or another model of its kind, such as a
+    reward model."""
     name = cfg.critic
     if name in ("shared", "separate"):
         return copy.deepcopy(model) if name == "separate" else None
@@ -1248,10 +1249,8 @@ def shard(model: nn.Module | None, reshard: bool):
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-# On a resume:
+# These settings may change on a resume.
 MAY_CHANGE = "num_updates save_every eval_every micro_batch_size gradient_checkpointing device resume".split()
-
-
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # whole tensors, in process 0
 
 
