@@ -426,10 +426,10 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def fit_returns(self, spread: float, shift: float):
-        """Widen the critic's unit to `spread`, the first one as it is, which leaves every V alone; then move every V by
-        `shift`.
+        """Make `spread` the critic's unit, if it is the first or larger than all before; no V changes by that. Then move
+        every V by `shift`.
 
-        After PopArt, arXiv 1809.04474. Errors of the critic are then of size 1 and mean 0 whatever the scores are, so
+        After PopArt, arXiv 1809.04474. Errors of the critic are then about 1 at most whatever the scores are, so
         vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the weights that
         critic and policy share. Once known, the unit never shrinks: a policy that has learned gives almost equal
         returns, and a small change of them must not become a huge error.
@@ -951,7 +951,7 @@ class Config(TaskConfig, PPOConfig, RunConfig):
 
 
 def load_prompts(path: str | None) -> list:
-    """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt. None from no file."""
+    """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt. An empty list without a path."""
     if path is None:
         return []
     with about(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line"):
@@ -1339,7 +1339,7 @@ def rehearse(task: Task):
     """Go the whole way once before anything is written, with the shortest prompt beside the longest: sample replies of
     full length, ask every reward, take a step at a learning rate of 0, save the policy and load it again.
 
-    A reply must say the same alone, beside longer ones, and decoded with a cache. It does not with a model that cannot
+    A reply must have the same probability alone, beside longer ones, and decoded with a cache. It does not with a model that cannot
     be padded, or whose rotary factors change with the length.
     """
     cfg, actor = task.cfg, task.actor
@@ -1486,7 +1486,7 @@ def evaluate_held_out(task: Task):
 @contextlib.contextmanager
 def finish_on_signal(run: Path):
     """Yields a list. The first Ctrl-C, SIGTERM or SIGHUP is appended to it, to end after this update; a second ends at
-    once. What is ignored, as SIGHUP is under nohup, stays so."""
+    once. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
     asked, owner = [], os.getpid()
 
     def ask_to_end(number: int, frame):
@@ -1509,7 +1509,7 @@ def finish_on_signal(run: Path):
 
 
 def run_task(task: Task) -> Path:
-    """Train, log and save. KeyboardInterrupt, with the run saved, after the update in which Ctrl-C or SIGTERM came."""
+    """Train, log and save. KeyboardInterrupt, with the run saved, after the update in which a signal came."""
     from tqdm import tqdm
 
     cfg, run, progress = task.cfg, task.run, task.progress
