@@ -426,13 +426,13 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def fit_returns(self, spread: float, shift: float):
-        """Make `spread` the critic's unit, if it is the first or larger than all before; no V changes by that. Then move
-        every V by `shift`.
+        """Make `spread` the critic's unit, if it is the first or larger than all before; no V changes by that. Then
+        move every V by `shift`.
 
-        After PopArt, arXiv 1809.04474. Errors of the critic are then about 1 at most whatever the scores are, so
-        vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the weights that
-        critic and policy share. Once known, the unit never shrinks: a policy that has learned gives almost equal
-        returns, and a small change of them must not become a huge error.
+        After PopArt, arXiv 1809.04474. Errors of the critic are then about 1 at most, with mean 0, whatever the scores
+        are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the
+        weights that critic and policy share. Once known, the unit never shrinks: a policy that has learned gives almost
+        equal returns, and a small change of them must not become a huge error.
         """
         before = float(self.unit)
         self.spread.clamp_(min=spread)
@@ -951,7 +951,7 @@ class Config(TaskConfig, PPOConfig, RunConfig):
 
 
 def load_prompts(path: str | None) -> list:
-    """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt. An empty list without a path."""
+    """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt. No path gives no rows."""
     if path is None:
         return []
     with about(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line"):
@@ -1339,8 +1339,8 @@ def rehearse(task: Task):
     """Go the whole way once before anything is written, with the shortest prompt beside the longest: sample replies of
     full length, ask every reward, take a step at a learning rate of 0, save the policy and load it again.
 
-    A reply must have the same probability alone, beside longer ones, and decoded with a cache. It does not with a model that cannot
-    be padded, or whose rotary factors change with the length.
+    A reply must have the same probability alone, beside longer ones, and decoded with a cache. It has not where a model
+    cannot be padded, or has rotary factors that change with the length.
     """
     cfg, actor = task.cfg, task.actor
     optimizer = torch.optim.AdamW(actor.parameters(), 0.0)  # while they are shards: a forward makes them whole
