@@ -836,6 +836,7 @@ def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
 
 import asyncio
 import atexit
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -858,8 +859,6 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import state_dict as dcp
 from typeguard import typechecked
-
-OWN_COLUMNS = set("prompts completions completion_ids raw_completions".split())  # what a reward gets besides the rows'
 
 
 @contextlib.contextmanager
@@ -898,7 +897,7 @@ class TaskConfig:
     """What is trained, on which prompts, and for which rewards."""
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
     prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and columns; None: the demo's
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns) -> list of floats
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns) -> a number a reply, or a list
     reward_model: tuple[str, ...] = ()  # name or folder of a sequence classifier for prompt and reply
     reward_label: str | None = None  # the label that scores, of reward models with several; None: they have one
     reward_weights: tuple[float, ...] = ()  # of each --reward, then --reward-model; 0 measures only; none: all 1
@@ -912,7 +911,7 @@ class RunConfig:
     """Optimizer and critic; where and how it runs."""
     learning_rate: Positive = 1e-5  # of AdamW, at its highest
     critic_lr: Positive | None = None  # the same for what only the critic uses; None: the policy's
-    critic: str = "shared"  # a head on the policy's hidden states; separate: on a copy of it; or a model of its kind
+    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's hidden states; separate: on a copy of it
     output_dir: str | None = None  # new folder of the run; None: runs/TIME-PROCESS
     save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C and on errors
     eval_every: Count | None = None  # updates between held-out evaluations, which show samples; None: before and after
@@ -937,8 +936,8 @@ class Config(TaskConfig, PPOConfig, RunConfig):
                     expected, holds = getattr(kind, "__metadata__", ("", bool))
                     if expected and x is not None and not holds(x):
                         raise ValueError(f"expected {expected}")
-        if self.kl_target is not None and (self.kl_coef == 0 or self.kl_horizon < self.batch_size):
-            raise ValueError("--kl-target: expected with it a --kl-coef above 0 and a --kl-horizon of a batch or more")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("--kl-target: expected with it a --kl-coef above 0")
         if self.reward_label and not self.reward_model:
             raise ValueError("--reward-label: expected with it a --reward-model")
         if self.critic_warmup_updates >= self.num_updates:
@@ -950,14 +949,12 @@ class Config(TaskConfig, PPOConfig, RunConfig):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_prompts(path: str | None) -> list:
+def load_prompts(path: str | None):
     """Rows with `prompt` and any other columns from .jsonl, or a prompt a line from .txt. No path gives no rows."""
     if path is None:
         return []
     with about(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line"):
         text = Path(path).read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it is not in UTF-8")
         read = {".txt": str, ".jsonl": lambda line: dict(json.loads(line))}[Path(path).suffix]
         rows = [read(line) for line in text.split("\n") if line.strip()]
         if not rows:
@@ -965,7 +962,7 @@ def load_prompts(path: str | None) -> list:
         return rows
 
 
-def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
+def encode(tokenizer, rows: list, vocabulary: int, room: int):
     """Tokenize prompts: texts, or chat messages, by the tokenizer's template. Those that are too long are dropped.
 
     The columns `tools` and `chat_template_kwargs` of a chat go to the template, as in TRL. Every row gets the columns
@@ -973,8 +970,6 @@ def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
     """
     rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
     columns = dict.fromkeys(key for row in rows for key in row)
-    if OWN_COLUMNS & columns.keys():
-        raise ValueError(f"no column of the prompts may be called {' or '.join(sorted(OWN_COLUMNS & columns.keys()))}")
     prompts = []
     for row in rows:
         text = row.get("prompt")
@@ -995,7 +990,7 @@ def encode(tokenizer, rows: list, vocabulary: int, room: int) -> list[Prompt]:
     return prompts
 
 
-def reply_text(tokenizer, prompt: Prompt, ids: list[int]) -> str:
+def reply_text(tokenizer, prompt: Prompt, ids: list[int]):
     """The reply such that prompt + reply is the whole text. Decoded alone, it may lack the space at its start."""
     if isinstance(prompt.row["prompt"], str):
         start, text = tokenizer.batch_decode([prompt.ids, prompt.ids + ids], skip_special_tokens=True)
@@ -1004,7 +999,7 @@ def reply_text(tokenizer, prompt: Prompt, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_reward(spec: str) -> Callable:
+def load_reward(spec: str):
     """The function that `path/to/file.py:function` names."""
     path, _, name = spec.rpartition(":")
     sys.path.insert(0, os.path.dirname(path))  # what stands beside the file can be imported by it
@@ -1016,7 +1011,7 @@ def load_reward(spec: str) -> Callable:
         return getattr(module, name)
 
 
-def load_reward_model(name: str, device: torch.device, cfg: Config) -> Callable:
+def load_reward_model(name: str, device: torch.device, cfg: Config):
     """A sequence classifier as a reward function: the logit of its label, or of --reward-label if it has several.
 
     It reads prompt and reply together, by its own tokenizer and chat template; of texts too long for it, the end. A
@@ -1027,11 +1022,10 @@ def load_reward_model(name: str, device: torch.device, cfg: Config) -> Callable:
     tokenizer = load("Tokenizer", name)
     tokenizer.truncation_side = "left"
     labels = [*model.config.id2label.values()]
-    label = cfg.reward_label if cfg.reward_label or len(labels) > 1 else labels[0]
-    if label not in labels:
-        raise ValueError(f"--reward-label: expected one of {', '.join(labels)}, the labels of {name}")
+    with about(f"--reward-label: expected one of {', '.join(labels)}, the labels of {name}"):
+        column = labels.index(cfg.reward_label) if cfg.reward_label or len(labels) > 1 else 0
 
-    def score(prompts: list, completions: list, **columns) -> list[float]:
+    def score(prompts, completions, **columns):
         scores = []
         for prompt, completion in zip(prompts, completions):
             text, is_chat = prompt + completion, not isinstance(prompt, str)
@@ -1045,25 +1039,32 @@ def load_reward_model(name: str, device: torch.device, cfg: Config) -> Callable:
                 return_tensors="pt",
             )
             with torch.no_grad():
-                scores.append(float(model(**inputs.to(device)).logits[0, labels.index(label)]))
+                scores.append(float(model(**inputs.to(device)).logits[0, column]))
         return scores
 
     score.__name__ = Path(name).name
     return score
 
 
-def ask(reward: Callable, columns: dict[str, list]) -> Tensor:  # -> [B]
-    """What a reward function says of each reply, NaN where it says None, that it does not apply.
+def ask(reward: Callable, columns: dict[str, list]):
+    """What a reward function says of each token of each reply: a list of tensors. A number for the whole reply stands
+    at its last token; NaN stands there for None, that the reward does not apply.
 
     After an error it is asked for each reply alone, so that the error names the first reply that it comes for.
     """
     prompts, completions = columns["prompts"], columns["completions"]
     try:
         answers = reward(**copy.deepcopy(columns))
-        answers = list(asyncio.run(answers) if inspect.isawaitable(answers) else answers)
-        scores = torch.tensor([math.nan if x is None else float(x) for x in answers])
-        if scores.isfinite().sum() + answers.count(None) != len(prompts):
-            raise ValueError(f"expected {len(prompts)} finite numbers or None, got {answers!r:.300}")
+        if inspect.isawaitable(answers):
+            answers = asyncio.run(answers)
+        scores = []
+        for answer, ids in zip(answers, columns["completion_ids"], strict=True):
+            x = torch.as_tensor(math.nan if answer is None else answer, dtype=torch.float32)
+            if x.ndim == 0:
+                x = F.pad(x.view(1), (len(ids) - 1, 0))
+            if x.shape != (len(ids),) or not (answer is None or x.isfinite().all()):
+                raise ValueError(f"expected a finite number, {len(ids)} of them, or None, got {answer!r:.300}")
+            scores.append(x)
         return scores
     except Exception as e:
         if len(prompts) == 1:
@@ -1072,6 +1073,21 @@ def ask(reward: Callable, columns: dict[str, list]) -> Tensor:  # -> [B]
             for i in range(len(prompts)):
                 ask(reward, {key: x[i : i + 1] for key, x in columns.items()})
         raise
+
+
+def token_scores(tokenizer, text: str, ids: list[int], scored: dict[int, float]):
+    """For a reward function: a number for each token of a reply, from numbers for spans of its text.
+
+    scored: the number of each span, by where the span ends in the text. The token that completes it gets the number.
+    """
+    def written(t):  # characters of the text up to token t; half a character is not written yet
+        return len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True).rstrip("\ufffd"))
+
+    lead = len(text) - written(len(ids) - 1)  # a space at the start that tokens decoded alone lack
+    scores = [0.0] * len(ids)
+    for end, score in scored.items():
+        scores[bisect.bisect_left(range(len(ids) - 1), end - lead, key=written)] += score
+    return scores
 
 
 @dataclass
@@ -1090,44 +1106,54 @@ class Task:
     stop_ids: list[int]
     lock: object = contextlib.nullcontext()  # of the folder, until the run ends
 
-    def judge(self, prompts: list[Prompt], replies: list[list[int]]) -> dict[str, Tensor]:
-        """All that is said of each reply, [B] each: its score, what each reward function says, whether it has ended.
+    def judge(self, prompts: list[Prompt], replies: list[list[int]]):  # -> [B, T], metrics
+        """The score of each token, and by name what is said of each reply, [B]: by each reward function, the sum over
+        its tokens, and whether it has ended.
 
-        The score is the weighted sum of the rewards, less the penalty for a reply that does not end. Each process asks
-        for its share of the prompts, with all the replies to them.
+        Scores are the weighted sum of the rewards, less the penalty at the last token of a reply that does not end.
+        Each process asks for its share of the prompts, with all the replies to them.
         """
         rank, count = world()
         B = len(prompts)
         share = slice(rank * B // count, (rank + 1) * B // count)
         columns = {key: [prompt.row.get(key) for prompt in prompts[share]] for key in prompts[0].row}
-        columns["prompts"] = columns.pop("prompt")
-        columns["completion_ids"] = replies[share]
-        columns["raw_completions"] = self.tokenizer.batch_decode(replies[share])  # with special tokens
+        asked = columns.pop("prompt")
         texts = [reply_text(self.tokenizer, *pair) for pair in zip(prompts[share], replies[share])]
-        columns["completions"] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(columns["prompts"], texts)
-        ]
+        with about("the columns of the prompts, none of which may have the name of what a reward gets besides"):
+            columns = dict(
+                prompts=asked,
+                completions=[
+                    text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                    for prompt, text in zip(asked, texts)
+                ],
+                completion_ids=replies[share],
+                raw_completions=self.tokenizer.batch_decode(replies[share]),  # with special tokens
+                **columns,
+            )
         ended = torch.tensor([float(reply[-1] in self.stop_ids) for reply in replies])
-        said = {"score": self.cfg.missing_eos_penalty * (ended - 1), "reply/ended": ended}
+        last = [len(reply) - 1 for reply in replies]
+        scores = torch.zeros(B, self.cfg.response_length)
+        scores[range(B), last] = self.cfg.missing_eos_penalty * (ended - 1)
+        said = {"reply/ended": ended}
         heard = 0
         for reward, weight in self.rewards:
-            part = torch.zeros(B)
+            part = torch.zeros(scores.shape)
             name = getattr(reward, "__name__", type(reward).__name__)
-            with foreign(f"reward {name}, f(prompts, completions, **columns) -> list of floats"):
-                part[share] = ask(reward, columns)
-            said["score"] += weight * all_sum(part).nan_to_num()
+            with foreign(f"reward {name}, f(prompts, completions, **columns) -> a number or a list for each reply"):
+                for i, x in enumerate(ask(reward, columns), share.start):
+                    part[i, : len(x)] = x
+            scores += weight * all_sum(part).nan_to_num()
+            part = part.sum(1)
             heard += part.isfinite().sum()
             name = f"rewards/{name}"
             said[f"{name}_{len(said)}" if name in said else name] = part
-        if not heard or not said["score"].isfinite().all():
+        if not heard or not scores.isfinite().all():
             raise ValueError("expected a reward that is not None for some reply, and finite --reward-weights")
-        return said
+        return scores, said
 
-    def score(self, prompts: list[Prompt], replies: list[list[int]]) -> tuple:
-        """What `ppo` asks for: scores [B], and the mean of all else that is said."""
-        said = self.judge(prompts, replies)
-        scores = said.pop("score")
+    def score(self, prompts: list[Prompt], replies: list[list[int]]):  # -> [B, T], metrics
+        """What `ppo` asks for: scores, and the mean of all that is said."""
+        scores, said = self.judge(prompts, replies)
         return scores, {name: float(x.nanmean()) for name, x in said.items() if x.isfinite().any()}
 
 
@@ -1150,12 +1176,12 @@ def load(auto_class: str, name: str):
         return model
 
 
-def most_tokens(model: nn.Module) -> int:
+def most_tokens(model: nn.Module):
     """Tokens that the model has positions for."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def pick_device(cfg: Config) -> tuple:
+def pick_device(cfg: Config):
     """Where to compute, and the type of matrix products."""
     with about(f"--device {cfg.device}"):
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -1166,34 +1192,19 @@ def pick_device(cfg: Config) -> tuple:
     return device, getattr(torch, dtype)
 
 
-def load_critic(cfg: Config, model: nn.Module, tokenizer) -> nn.Module | None:
-    """What a critic of its own starts from: a copy of the policy, or another model of its kind, such as a
-    reward model."""
-    name = cfg.critic
-    if name in ("shared", "separate"):
-        return copy.deepcopy(model) if name == "separate" else None
-    if load("Tokenizer", name).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"--critic {name}: its vocabulary is not the policy's, whose tokens it reads")
-    critic = load("Model", name)
-    if critic.config.model_type != model.config.model_type:  # the rehearsal looks at the policy alone
-        raise ValueError(f"--critic {name}: expected the policy's kind of model, {model.config.model_type}")
-    return critic
-
-
 def layers_of(model):
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.dtype) -> tuple:
+def make_actors(cfg: Config, model: nn.Module, device: torch.device, dtype: torch.dtype):
     """The policy with its critic, and the frozen reference."""
     from torch.utils.checkpoint import checkpoint
 
-    for lm in filter(None, (model, critic)):
-        lm.to(device).float()
+    model.to(device).float()
     ref = Actor(copy.deepcopy(model), dtype).requires_grad_(False)
-    actor = Actor(model, dtype, critic)
+    actor = Actor(model, dtype, copy.deepcopy(model) if cfg.critic == "separate" else None)
     if cfg.gradient_checkpointing:
         if not layers_of(actor):
             raise ValueError(f"--gradient-checkpointing: {type(model).__name__} has no layers for it; leave it out")
@@ -1203,7 +1214,7 @@ def make_actors(cfg: Config, model, critic, device: torch.device, dtype: torch.d
     return actor, ref
 
 
-def make_optimizer(cfg: Config, actor: Actor) -> torch.optim.Optimizer:
+def make_optimizer(cfg: Config, actor: Actor):
     """AdamW with two groups: the policy, and what only the critic uses."""
     own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
     rates = (actor.lm.parameters(), cfg.learning_rate), (own, cfg.critic_lr or cfg.learning_rate)
@@ -1219,9 +1230,11 @@ def make_optimizer(cfg: Config, actor: Actor) -> torch.optim.Optimizer:
 def start_processes():
     """Join those that torchrun started, if it did. Only the first prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend)
         # A thread of gloo may still hold a tensor. Before Python 3.14, dropping it while Python ends aborts the process
         # (pytorch/pytorch#190489), and destroying the group does not wait for it. So all threads get a second to end.
         atexit.register(time.sleep, 1)
@@ -1283,8 +1296,8 @@ def fingerprint(cfg: Config, model: nn.Module, prompts: list[Prompt]):
     tensors = (x.cpu().flatten().view(torch.uint8).numpy() for x in model.state_dict().values())
     weights = [hashlib.sha256(x).digest() for x in tensors]
     files = [Path(spec.rpartition(":")[0]).read_bytes() for spec in cfg.reward]
-    parts = {"the model": weights, "the prompts": [repr(prompts).encode()], "the file of the reward": files}
-    return {name: hashlib.sha256(b"".join(x)).hexdigest() for name, x in parts.items()}
+    parts = {"the model": weights, "the prompts": prompts, "the file of the reward": files}
+    return {name: hashlib.sha256(repr(x).encode()).hexdigest() for name, x in parts.items()}
 
 
 def read_config(run: str):
@@ -1362,7 +1375,7 @@ def rehearse(task: Task):
         raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
     weights = dcp.get_model_state_dict(actor, options=WHOLE)
     if world()[0] == 0:
-        with tempfile.TemporaryDirectory() as folder, about("the policy must load as it is: not compiled, no adapters"):
+        with tempfile.TemporaryDirectory() as folder, about("the policy must load as it is, without adapters"):
             own = save_policy(task, weights, folder)
             again = load("ModelForCausalLM", folder).state_dict()
             if not all(name in again and x.equal(again[name]) for name, x in own.items()):
@@ -1403,21 +1416,20 @@ def prepare(
             "a model needs a reward: expected --reward FILE.py:FUNCTION or --reward-model NAME, "
             "and as many --reward-weights, not all 0, or none"
         )
-    critic = load_critic(cfg, model, tokenizer)
-    room = min(most_tokens(model), most_tokens(critic or model)) - cfg.response_length
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    room = most_tokens(model) - cfg.response_length
+    vocabulary = model.get_input_embeddings().num_embeddings
     train_prompts = encode(tokenizer, prompts or load_prompts(cfg.prompts), vocabulary, room)
     held_out = encode(tokenizer, eval_prompts or load_prompts(cfg.eval_prompts), vocabulary, room)
     if not held_out:
-        random.Random(cfg.seed).shuffle(train_prompts)
-        distinct = list({str(prompt.ids): prompt for prompt in train_prompts}.values())
-        held_out = distinct[: min(64, len(distinct) // 10)]
-        train_prompts = [prompt for prompt in train_prompts if prompt.ids not in [other.ids for other in held_out]]
+        distinct = {str(prompt.ids): prompt for prompt in train_prompts}
+        for key in random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 10)):
+            held_out.append(distinct.pop(key))
+        train_prompts = [prompt for prompt in train_prompts if str(prompt.ids) in distinct]
     if not train_prompts:
         raise ValueError("there is no prompt to train on: expected --prompts FILE")
     initial = fingerprint(cfg, model, train_prompts + held_out)
     with about(f"{type(model).__name__} cannot be trained here: expected a causal language model of transformers"):
-        actor, ref = make_actors(cfg, model, critic, device, dtype)
+        actor, ref = make_actors(cfg, model, device, dtype)
     # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. The value head's do
     # not, as `fit_returns` writes into them.
     for part, reshard in ((ref.lm, True), (actor.lm, False), (actor.critic, False), (actor.value_head, True)):
@@ -1467,12 +1479,12 @@ def evaluate_held_out(task: Task):
     if not task.held_out:
         return metrics, []
     seed_everything(task.cfg.seed)
-    size = len(task.held_out) * world()[1]  # as many for each process
-    prompts = task.held_out * world()[1] * max(1, task.cfg.batch_size // size)
+    prompts = task.held_out * world()[1]  # as many for each process
+    prompts *= max(1, task.cfg.batch_size // len(prompts))
     rollout = sample_replies(task.actor, prompts, task.stop_ids, task.cfg)
-    said = task.judge(prompts, rollout.replies())
+    scores, said = task.judge(prompts, rollout.replies())
     fill_logprobs_and_values(task.actor, task.ref, rollout, task.cfg)
-    said["kl"] = reply_kl(rollout)
+    said = {"score": scores.sum(1), **said, "kl": reply_kl(rollout)}
     for name, x in said.items():
         x = x.view(-1, len(task.held_out)).nanmean(0)
         x = x[x.isfinite()]
@@ -1508,7 +1520,7 @@ def finish_on_signal(run: Path):
             signal.signal(number, handler)
 
 
-def run_task(task: Task) -> Path:
+def run_task(task: Task):
     """Train, log and save. KeyboardInterrupt, with the run saved, after the update in which a signal came."""
     from tqdm import tqdm
 
@@ -1518,22 +1530,28 @@ def run_task(task: Task) -> Path:
 
     def log(metrics, samples, held_out):
         rows = [
-            prompt.row
-            | {"update": progress.update, "reply": reply_text(task.tokenizer, prompt, ids)}
-            | {"score": score, "kl": kl, "held_out": held_out}
+            prompt.row | {
+                "update": progress.update,
+                "reply": reply_text(task.tokenizer, prompt, ids),
+                "score": score,
+                "kl": kl,
+                "held_out": held_out,
+            }
             for prompt, ids, score, kl in samples
         ]
         for name, lines in zip(LOGS, ([metrics], rows)):
             with open(run / name if is_first else os.devnull, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         if held_out and rows:
-            names = [name for name in metrics if name + "_se" in metrics]
-            means = (f"{name.split('/')[-1]} {metrics[name]:.2f} ± {metrics[name + '_se']:.2f}" for name in names)
+            means = [
+                f"{name.split('/')[-1]} {metrics[name]:.2f} ± {metrics[name + '_se']:.2f}"
+                for name in metrics if name + "_se" in metrics
+            ]
             bar.write(f"\nHeld-out, update {progress.update}: {', '.join(means)}")
             for row in rows:
                 bar.write("  " + textwrap.shorten(f"{row['prompt']} | {row['reply']}", 500))
 
-    def is_due(every: int | None) -> bool:
+    def is_due(every: int | None):
         return progress.update == cfg.num_updates or (every is not None and progress.update % every == 0)
 
     with finish_on_signal(run) as asked, bar, task.lock:
@@ -1565,11 +1583,12 @@ def run_task(task: Task) -> Path:
     return run
 
 
-def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, eval_prompts=None) -> Path:
+def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, eval_prompts=None):
     """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(DEMO).
 
     prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
-    f(prompts, completions, **columns) -> list of floats. model, tokenizer: of transformers; this model is trained.
+    f(prompts, completions, **columns) that give, for each reply, a number, a list of one for each of its tokens, or
+    None. model, tokenizer: of transformers; this model is trained.
     Raises whatever is wrong, with notes that say what it is about. KeyboardInterrupt: see `run_task`.
     """
     return run_task(prepare(cfg, prompts, reward, model, tokenizer, eval_prompts))
@@ -1632,10 +1651,10 @@ def demo_task(seed: int, steps: int = 160):
     lm = LlamaForCausalLM(config)
     pick = random.Random(seed).choice
 
-    def clause() -> str:
+    def clause():
         return f"the {pick(NOUNS)} {pick(VERBS)} {pick([*ADVERBS, '', ''])} {pick(GOOD + BAD)}"
 
-    def review() -> str:
+    def review():
         return clause() + "".join(f" {pick(LINKS)} {clause()}" for _ in range(pick([0, 0, 1, 1, 2, 3]))) + " . </s> "
 
     optimizer = torch.optim.AdamW(lm.parameters())
@@ -1648,8 +1667,7 @@ def demo_task(seed: int, steps: int = 160):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-    parts = itertools.product(NOUNS, VERBS, [*ADVERBS, ""])
-    openings = [f"the {noun} {verb} {adverb}".strip() for noun, verb, adverb in parts]
+    openings = [f"the {' '.join(parts)}".strip() for parts in itertools.product(NOUNS, VERBS, [*ADVERBS, ""])]
     random.Random(0).shuffle(openings)
     return lm, tokenizer, openings[16:], openings[:16], [sentiment, fluency]
 
@@ -1685,7 +1703,7 @@ def parse(argv: list[str] | None) -> Config:
             kind(**{name: getattr(defaults, name) for name in kind.__dataclass_fields__})
             for kind in Config.__bases__
         ]
-        style = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction)
+        style = [tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction]
         flags = tyro.cli(Flags, args=argv, default=Flags(*parts), config=style)
         return Config(**vars(flags.task), **vars(flags.ppo), **vars(flags.run))
 
@@ -1695,7 +1713,7 @@ def parse(argv: list[str] | None) -> Config:
     return read(read_config(cfg.resume)[0])
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None):
     """Exit status: 0 done, 1 the run failed, 2 it could not begin, 130 interrupted. argv None: the command line."""
     status = 2
     try:

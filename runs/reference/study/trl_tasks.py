@@ -61,7 +61,7 @@ class Reward(torch.nn.Module):
         self.score = torch.nn.Identity()
         self.prompts = {tuple(prompt.ids): prompt for prompt in task.prompts}
         self.judge, self.longest = task.judge, longest
-        self.name = f"rewards/{task.rewards[0].__name__}"
+        self.name = f"rewards/{task.rewards[0][0].__name__}"
         self.said = []  # what the first reward said since the last metrics
 
     def trunk(self, input_ids, attention_mask, **_):
@@ -69,9 +69,9 @@ class Reward(torch.nn.Module):
         for ids, valid in zip(input_ids, attention_mask):
             prompts.append(self.prompts[tuple(ids[: self.longest][valid[: self.longest]].tolist())])
             replies.append(ids[self.longest :][valid[self.longest :]].tolist())
-        said = self.judge(prompts, replies)
+        scores, said = self.judge(prompts, replies)
         self.said += said[self.name].tolist()
-        states = said["score"].view(-1, 1, 1).expand(-1, input_ids.shape[1], 1)
+        states = scores.sum(1).view(-1, 1, 1).expand(-1, input_ids.shape[1], 1)
         return type("Output", (), {"hidden_states": [states]})
 
 
@@ -153,7 +153,7 @@ def train(task: tasks.Task, seed: int, goal: float = float("inf"), **changes) ->
 
 def held_out(ours: ppo_llm.Task) -> dict:
     m, _ = ppo_llm.evaluate_held_out(ours)
-    score, fluency = m[f"eval/rewards/{ours.rewards[0].__name__}"], m.get("eval/rewards/fluency", "")
+    score, fluency = m[f"eval/rewards/{ours.rewards[0][0].__name__}"], m.get("eval/rewards/fluency", "")
     return {"part": "held-out", "update": m["update"], "score": score, "kl": m["eval/kl"], "fluency": fluency}
 
 
@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(tasks.SMALL), choices=[*tasks.SMALL, "even"])
     parser.add_argument("--seeds", nargs="+", type=int, default=range(50, 60))
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-3], help="of `even`")
+    parser.add_argument("--times", nargs="+", type=float, default=[1.0], help="the learning rate of the other tasks")
     parser.add_argument("--updates", type=int, help="by default the task's")
     parser.add_argument("--out", type=Path, help="by default baselines.csv, and trl.jsonl of ../learning for `even`")
     args = parser.parse_args()
@@ -177,13 +178,18 @@ def main() -> None:
                 row |= {"samples": reached[0] if reached else None, "seconds": time.process_time() - began}
                 with open(args.out or Path(__file__).parents[1] / "learning" / "trl.jsonl", "a") as f:
                     f.write(json.dumps(row | {"explained": float("nan")}) + "\n")
+                print(seed, name, rate, rows[-1]["score"], flush=True)
         else:
             path = args.out or Path(__file__).with_name("baselines.csv")
-            if (name, "TRL", seed) in tasks.done(path):
-                continue
-            rows = train(tasks.TASKS[name](seed), seed, **changes)
-            tasks.append(path, name, "TRL", seed, rows)
-        print(seed, name, rows[-1]["score"], flush=True)
+            for times in args.times:
+                change = "TRL" if times == 1 else f"TRL, rate x {times:g}"
+                if (name, change, seed) in tasks.done(path):
+                    continue
+                task = tasks.TASKS[name](seed)
+                rate = times * task.settings.learning_rate
+                rows = train(task, seed, **changes | {"learning_rate": rate})
+                tasks.append(path, name, change, seed, rows)
+                print(seed, name, change, rows[-1]["score"], flush=True)
 
 
 if __name__ == "__main__":
