@@ -74,6 +74,18 @@ BASELINES = {
     "group mean, no critic": NO_CRITIC | EIGHT | dict(center=True),
     "group mean and critic": EIGHT | dict(center=True),
 }
+CRITICS = {
+    "critic": {},
+    "separate critic": dict(critic="separate"),
+    "critic, lam=0.95": dict(lam=0.95),
+    "no critic": NO_CRITIC,
+    "group mean": NO_CRITIC | EIGHT | dict(center=True),  # of scores for a whole reply
+}
+CRITIC_RATES = {
+    f"{name}, rate x {times}": change | dict(learning_rate=times)
+    for name, change in CRITICS.items()
+    for times in (0.33, 1, 3)
+}
 SMOLLM2_RATES = {}  # times the task's
 for times in (0.1, 0.3, 1.0):
     for kl in (1.0, 0.1):
@@ -84,6 +96,7 @@ STUDIES = {
     "rates": (["demo"], range(40, 45), RATES),
     "penalty": (["demo"], range(60, 65), PENALTY),
     "baselines": (tasks.SMALL, range(50, 60), BASELINES),
+    "critic-rates": (["early-64", "end-64", "every-64"], range(90, 92), CRITIC_RATES),
     "smollm2": (["smollm2"], range(21, 24), {"defaults": {}}),
     "smollm2-rates": (["smollm2"], range(11, 16), SMOLLM2_RATES),
 }
@@ -112,6 +125,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed, name in itertools.product(args.seeds or seeds, args.tasks or names):
         missing = [change for change in args.changes or changes if (name, change, seed) not in tasks.done(path)]
+        if name.startswith("every"):  # there is no mean of a group for each token
+            missing = [change for change in missing if not changes[change].get("center")]
         if not missing:
             continue
         task = tasks.TASKS[name](seed)

@@ -5,6 +5,8 @@ sums: chat prompts and a column with the answer. A small Llama has read sums of 
       is 1 for a right one. So the reward can be verified.
 ends: a GPT-2 of random weights writes 48 tokens. The first and the last of them count, the others are noise, and the
       score comes at the end: sparse, and half of the credit belongs far back.
+early-T, end-T, every-T: the same GPT-2 writes T tokens. A token counts if it is t0, t4, t8 ...: the first alone, or each
+      by its share, paid at the end or at once. Two tasks alike but for where the score comes.
 smollm2: a real language model, from a folder that ../smollm2/smollm2.py makes. The score is the sentiment of the text.
 
     python runs/reference/study/tasks.py sums FOLDER --seed 20
@@ -17,6 +19,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -134,6 +137,27 @@ def ends(seed: int) -> Task:
     return Task(model, tokenizer, prompts[64:], prompts[:64], [both_ends], settings)
 
 
+def early(completion_ids, **columns) -> list[float]:
+    return [float(ids[0] % 4 == 0) for ids in completion_ids]
+
+
+def every(completion_ids, **columns) -> list[list[float]]:
+    return [[(token % 4 == 0) / len(ids) for token in ids] for ids in completion_ids]
+
+
+def end(completion_ids, **columns) -> list[float]:
+    return [sum(tokens) for tokens in every(completion_ids)]
+
+
+def long(reward, length: int, seed: int) -> Task:
+    """The penalty of a token is worth the same at any length: where each token counts, it is 0.3 of its share."""
+    base = ends(seed)
+    model = GPT2LMHeadModel(GPT2Config(**base.model.config.to_diff_dict() | {"n_positions": 8 + length}))
+    kl_coef = 0.02 if reward is early else 0.3 / length
+    settings = dataclasses.replace(base.settings, num_updates=30, response_length=length, kl_coef=kl_coef)
+    return dataclasses.replace(base, model=model, rewards=[reward], settings=settings)
+
+
 def smollm2(seed: int) -> Task:
     """The model is the same for every seed."""
     sys.path.append(str(Path(__file__).parents[1] / "smollm2"))
@@ -157,7 +181,12 @@ def smollm2(seed: int) -> Task:
 
 
 SMALL = {"demo": demo, "sums": sums, "ends": ends}
-TASKS = SMALL | {"smollm2": smollm2}
+LONG = {
+    f"{reward.__name__}-{length}": functools.partial(long, reward, length)
+    for length in (16, 64, 128, 256)
+    for reward in (early, end, every)
+}
+TASKS = SMALL | LONG | {"smollm2": smollm2}
 
 
 def centered(reward):
@@ -173,8 +202,14 @@ def centered(reward):
     return center
 
 
-def train(task: Task, seed: int, center: bool = False, **changes) -> list[dict]:
-    """Rows of one run of ppo_llm.train: of each update, and of the evaluations of held-out prompts before and after.
+def long_returns(actor, batch, cfg):
+    """The loss with a critic whose own λ is 1, whatever that of the advantages is (VC-PPO, arXiv 2503.01491)."""
+    returns, _ = ppo_llm.gae(batch.rewards, torch.zeros_like(batch.rewards), batch.mask, cfg.gamma)
+    return ppo_llm.ppo_loss(actor, dataclasses.replace(batch, returns=returns), cfg)
+
+
+def train(task: Task, seed: int, center: bool = False, loss=ppo_llm.ppo_loss, **changes) -> list[dict]:
+    """Rows of one run as ppo_llm.train makes it: of each update, and of held-out prompts before and after.
 
     center: what is trained on is the first reward less the mean of its group; the rows have that reward as it is.
     """
@@ -183,31 +218,28 @@ def train(task: Task, seed: int, center: bool = False, **changes) -> list[dict]:
     if center:
         rewards = [centered(rewards[0]), *rewards]
         cfg = dataclasses.replace(cfg, reward_weights=(1.0, *[0.0] * len(task.rewards)))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         cfg = dataclasses.replace(cfg, output_dir=f"{folder}/run")
-        quiet = io.StringIO()
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            model = copy.deepcopy(task.model)
-            run = ppo_llm.train(cfg, task.prompts, rewards, model, task.tokenizer, task.held_out)
-        return read_run(run, score)
+        model = copy.deepcopy(task.model)
+        ours = ppo_llm.prepare(cfg, task.prompts, rewards, model, task.tokenizer, task.held_out)
+        rows = [as_row(ppo_llm.evaluate_held_out(ours)[0], score)]
+        basics = ours.actor, ours.ref, ours.optimizer, ours.prompts, ours.score, ours.stop_ids, cfg, ours.progress
+        rows += [as_row(metrics, score) for metrics, _ in ppo_llm.ppo(*basics, loss=loss)]
+        return rows + [as_row(ppo_llm.evaluate_held_out(ours)[0], score)]
 
 
-def read_run(run: Path, score: str) -> list[dict]:
-    """Rows of the run in this folder. score: the name of the reward function."""
-    rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        m = json.loads(line)
-        trained = "objective/scores" in m
-        prefix = "" if trained else "eval/"
-        rows.append({
-            "part": "train" if trained else "held-out",
-            "update": m["update"],
-            "score": m[f"{prefix}rewards/{score}"],
-            "kl": m["objective/kl" if trained else "eval/kl"],
-            "fluency": m.get(f"{prefix}rewards/fluency", ""),
-            "explained_variance": m.get("val/explained_variance", ""),
-        })
-    return rows
+def as_row(metrics: dict, score: str) -> dict:
+    """A row of the CSV. score: the name of the reward function."""
+    trained = "objective/scores" in metrics
+    prefix = "" if trained else "eval/"
+    return {
+        "part": "train" if trained else "held-out",
+        "update": metrics["update"],
+        "score": metrics[f"{prefix}rewards/{score}"],
+        "kl": metrics["objective/kl" if trained else "eval/kl"],
+        "fluency": metrics.get(f"{prefix}rewards/fluency", ""),
+        "explained_variance": metrics.get("val/explained_variance", ""),
+    }
 
 
 def which_commit() -> str:
