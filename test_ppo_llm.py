@@ -2854,7 +2854,7 @@ def test_readme_commands_and_code_run(tmp_path, monkeypatch):
             chat_template=CHAT,
         )
     for name in set(re.findall(r"--(?:eval-)?prompts ([\w.]+)", README)):
-        text = '{"prompt": "it is", "answer": "7"}\n' if name.endswith("l") else "the film was\n"
+        text = '{"prompt": "it is", "answer": "7", "lines": ["a"]}\n' if name.endswith("l") else "the film was\n"
         (tmp_path / name).write_text(20 * text)
     blocks = re.findall(r"```python\n(?:# (\w+\.py)[^\n]*\n)?(.*?)```", README, re.S)
     for file, code in blocks:
