@@ -108,7 +108,7 @@ def draw(runs: list[dict[int, dict]]) -> Figure:
 def draw_details(path: Path) -> Figure:
     """A panel a task, a row a change: its score over the run less that of the defaults, and two standard errors."""
     found = results.read(results.largest(path))
-    tasks = [task for task in results.KL_LEVELS if any(task == name for name, _, _ in found)]
+    tasks = [task for task in results.PRICES if any(task == name for name, _, _ in found)]
     changes = dict.fromkeys(change for _, change, _ in found if change != "defaults")
     differences = {change: [results.worth(found, task, change)["mean"] for task in tasks] for change in changes}
     order = sorted(changes, key=lambda change: statistics.fmean(mean for mean, _ in differences[change]))

@@ -13,8 +13,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 FOLDER = Path(__file__).parent
-# KL in nats per reply at which scores are compared, and that "adaptive KL" aims at: below where the defaults end.
-KL_LEVELS = {"demo": 3.0, "sums": 0.5, "ends": 3.0}
+LENGTHS = (16, 64, 128, 256)
+# The price of a nat of KL on each task, kl_coef. What is trained on is J = score - price·KL, and what is compared, also
+# where a change trains on another price.
+PRICES = {"demo": 0.3, "sums": 0.05, "ends": 0.02, "smollm2": 0.02}
+PRICES |= {f"{kind}-{n}": 0.02 if kind == "early" else 0.3 / n for kind in ("early", "end", "every") for n in LENGTHS}
 # What names a run stands in its first row only. The commit is that of ppo_llm.py.
 RUN = "task change seed commit".split()
 COLUMNS = [*RUN, *"part update score kl fluency explained_variance".split()]
@@ -45,23 +48,18 @@ def read(rows: list[dict]) -> dict[tuple, dict]:
     for key, rows in runs.items():
         trained = [row for row in rows if row["part"] == "train"]
         before, after = (row for row in rows if row["part"] == "held-out")
+        price = PRICES[key[0]]
         results[key] = {
             "before": float(before["score"]),
             "score": float(after["score"]),
             "kl": float(after["kl"]),
+            "J": float(after["score"]) - price * float(after["kl"]),
             "fluency": float(after["fluency"] or math.nan),
             "mean": fmean(float(row["score"]) for row in trained),
-            "path": [(float(row["kl"]), float(row["score"])) for row in trained],
+            "path": [float(row["score"]) - price * float(row["kl"]) for row in trained],
+            "explained": [float(row["explained_variance"] or 0) for row in trained],
         }
     return results
-
-
-def score_at(path: list[tuple[float, float]], kl: float) -> float:
-    """The score where the run first reaches this KL, between two updates by a line; NaN if it never does."""
-    for (kl_0, score_0), (kl_1, score_1) in zip(path, path[1:]):
-        if kl_0 < kl <= kl_1:
-            return score_0 + (score_1 - score_0) * (kl - kl_0) / (kl_1 - kl_0)
-    return math.nan
 
 
 def mean_and_error(xs: list[float]) -> tuple[float, float]:
@@ -71,23 +69,34 @@ def mean_and_error(xs: list[float]) -> tuple[float, float]:
     return fmean(xs), stdev(xs) / math.sqrt(len(xs))
 
 
-def worth(results: dict, task: str, change: str) -> dict[str, tuple[float, float]]:
-    """Differences from the defaults, with standard errors. Mean: in percent of what the defaults gain over the run.
-    Score, at the end and at equal KL: in percent of what they gain by the end. KL: in nats per reply."""
+def chance(t: float, df: int) -> float:
+    """Two-sided p of Student's t: 1 less the integral of its density from -t to t, by Simpson's rule."""
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    n = 2000
+    heights = [(1 + (abs(t) * i / n) ** 2 / df) ** (-(df + 1) / 2) for i in range(n + 1)]
+    weights = [1, *[4, 2] * (n // 2 - 1), 4, 1]
+    return max(0.0, 1 - 2 * scale * abs(t) / n / 3 * sum(map(math.prod, zip(weights, heights))))
+
+
+def holm(ps: dict, level: float = 0.05) -> set:
+    """The keys whose null hypothesis is rejected such that a false one is among them with at most this probability."""
+    rejected = set()
+    for i, (key, p) in enumerate(sorted(ps.items(), key=lambda pair: pair[1])):
+        if p > level / (len(ps) - i):
+            break
+        rejected.add(key)
+    return rejected
+
+
+def worth(results: dict, task: str, change: str) -> dict[str, list[float]]:
+    """Differences from the defaults, one a seed. Mean, score and J at the end: in percent of what the defaults gain
+    over the run, or by the end. KL: in nats per reply."""
     seeds = [s for t, c, s in results if (t, c) == (task, change) and (t, "defaults", s) in results]
     pairs = [(results[task, change, seed], results[task, "defaults", seed]) for seed in seeds]
     defaults = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
-    gain = fmean(run["score"] - run["before"] for run in defaults)
-    gain_over_run = fmean(run["mean"] - run["before"] for run in defaults)
-    kl = KL_LEVELS[task]
-    return {
-        "mean": mean_and_error([100 * (run["mean"] - default["mean"]) / gain_over_run for run, default in pairs]),
-        "score": mean_and_error([100 * (run["score"] - default["score"]) / gain for run, default in pairs]),
-        "at KL": mean_and_error(
-            [100 * (score_at(run["path"], kl) - score_at(default["path"], kl)) / gain for run, default in pairs]
-        ),
-        "kl": mean_and_error([run["kl"] - default["kl"] for run, default in pairs]),
-    }
+    gains = {what: fmean(run[what] - run["before"] for run in defaults) / 100 for what in ("mean", "score", "J")}
+    gains["kl"] = 1.0
+    return {what: [(run[what] - default[what]) / gain for run, default in pairs] for what, gain in gains.items()}
 
 
 def ends(results: dict) -> None:
@@ -112,32 +121,42 @@ def ends(results: dict) -> None:
 
 def compare(results: dict) -> None:
     """Markdown, sorted by the mean over tasks of the difference over the run; with nothing to compare, the ends."""
-    changes = {change for _, change, _ in results}
+    changes = dict.fromkeys(change for _, change, _ in results)
     if "defaults" not in changes or len({(task, change) for task, change, _ in results}) == 1:
         return ends(results)
-    names = [task for task in KL_LEVELS if any(task == name for name, _, _ in results)]
+    names = [task for task in PRICES if any(task == name for name, _, _ in results)]
+    found = {(task, change): worth(results, task, change) for task in names for change in changes}
+    ps = {}
+    for (task, change), differences in found.items():
+        for what, xs in differences.items():
+            mean, error = mean_and_error(xs)
+            if what != "kl" and error > 0:
+                ps[task, change, what] = chance(mean / error, len(xs) - 1)
+    certain = holm(ps)
     lines = []
-    for change in dict.fromkeys(change for _, change, _ in results):
-        found = {task: worth(results, task, change) for task in names}
-        average = fmean(found[task]["mean"][0] for task in names)
+    for change in changes:
+        average = fmean(fmean(found[task, change]["mean"] or [math.nan]) for task in names)
         cells = [change]
         for task in names:
-            for what, digits in (("mean", 0), ("score", 0), ("kl", 1), ("at KL", 0)):
-                value, error = found[task][what]
-                cells.append("" if math.isnan(value) else f"{value:+.{digits}f} ± {error:.{digits}f}")
+            for what, digits in (("mean", 0), ("score", 0), ("kl", 1), ("J", 0)):
+                value, error = mean_and_error(found[task, change][what])
+                mark = "*" * ((task, change, what) in certain)
+                cells.append("" if math.isnan(value) else f"{value:+.{digits}f} ± {error:.{digits}f}{mark}")
         demos = [run for (task, c, _), run in results.items() if (task, c) == ("demo", change)]
         fluent = sum(run["fluency"] >= 0.85 for run in demos)
         cells += [f"{fluent} of {len(demos)}", f"{average:+.0f}"]
         lines.append((average, f"| {' | '.join(cells)} |"))
-    columns = [f"{task}: {what}" for task in names for what in ("run", "end", "its KL", "at KL")]
+    columns = [f"{task}: {what}" for task in names for what in ("run", "end", "its KL", "J")]
     columns = ["change", *columns, "demos that end fluent", "mean"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
     for _, line in sorted(lines, key=lambda pair: -pair[0]):
         print(line)
+    gains = sum(fmean(found[task, change][what]) > 0 for task, change, what in certain)
+    print(f"\n\\* {len(certain)} of {len(ps)} differences are more than chance (Holm, 5% for all), {gains} of them gains.")
     for task in names:
         runs = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
-        means = {what: mean_and_error([run[what] for run in runs]) for what in ("before", "score", "kl", "mean")}
+        means = {what: mean_and_error([run[what] for run in runs]) for what in ("before", "score", "kl", "J", "mean")}
         said = ["{} {:.2f} ± {:.2f}".format(what, *both) for what, both in means.items()]
         print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(said)}")
 

@@ -98,7 +98,7 @@ def sums(seed: int, steps: int = 240) -> Task:
         rows.append({"prompt": [{"role": "user", "content": f"{a} + {b} ?"}], "answer": str(a + b)})
     rng = random.Random(seed)
     rng.shuffle(rows)
-    held_out, trained = rows[:16], rows[16:]
+    held_out, trained = rows[:40], rows[40:]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
