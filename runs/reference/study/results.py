@@ -18,6 +18,7 @@ LENGTHS = (16, 64, 128, 256)
 # where a change trains on another price.
 PRICES = {"demo": 0.3, "sums": 0.05, "ends": 0.02, "smollm2": 0.02}
 PRICES |= {f"{kind}-{n}": 0.02 if kind == "early" else 0.3 / n for kind in ("early", "end", "every") for n in LENGTHS}
+GOALS = {"early": 0.8, "end": 0.5, "every": 0.5}  # J of a trained policy
 # What names a run stands in its first row only. The commit is that of ppo_llm.py.
 RUN = "task change seed commit".split()
 COLUMNS = [*RUN, *"part update score kl fluency explained_variance".split()]
@@ -64,9 +65,9 @@ def read(rows: list[dict]) -> dict[tuple, dict]:
 
 def mean_and_error(xs: list[float]) -> tuple[float, float]:
     xs = [x for x in xs if not math.isnan(x)]
-    if len(xs) < 2:
+    if not xs:
         return math.nan, math.nan
-    return fmean(xs), stdev(xs) / math.sqrt(len(xs))
+    return fmean(xs), stdev(xs) / math.sqrt(len(xs)) if len(xs) > 1 else math.nan
 
 
 def chance(t: float, df: int) -> float:
@@ -161,6 +162,33 @@ def compare(results: dict) -> None:
         print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(said)}")
 
 
+def replies_to_goal(run: dict, goal: float, batch: int = 64) -> float:
+    """Replies until the mean J of three updates is above the goal; all replies of a run that never gets there."""
+    path = run["path"]
+    reached = (n for n in range(3, len(path) + 1) if fmean(path[n - 3 : n]) > goal)
+    return batch * next(reached, len(path))
+
+
+def critics(results: dict) -> None:
+    """Markdown: each task and change, held-out replies at the end, and how many replies it took."""
+    print("| task | change | runs | score | KL | J | J over the run | replies to the goal | never | explained variance |")
+    print("|---" * 10 + "|")
+    for task in PRICES:
+        goal = GOALS.get(task.split("-")[0], math.inf)
+        for change in dict.fromkeys(c for t, c, _ in results if t == task):
+            runs = [run for (t, c, _), run in results.items() if (t, c) == (task, change)]
+            replies = [replies_to_goal(run, goal) for run in runs]
+            cells = [task, change, str(len(runs))]
+            for what, digits in (("score", 2), ("kl", 1), ("J", 2)):
+                value, error = mean_and_error([run[what] for run in runs])
+                cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")
+            cells.append("{:.2f} ± {:.2f}".format(*mean_and_error([fmean(run["path"]) for run in runs])))
+            cells.append("{:.0f} ± {:.0f}".format(*mean_and_error(replies)))
+            cells.append(str(sum(fmean(run["path"][-3:]) <= goal and n == 64 * len(run["path"]) for run, n in zip(runs, replies))))
+            cells.append(f"{fmean(fmean(run['explained'][4:]) for run in runs):.2f}")
+            print(f"| {' | '.join(cells)} |")
+
+
 def mistakes(rows: list[dict]) -> None:
     """Markdown: score, KL and fluency of each exhibit at the end, mean of five updates, less those of its control.
 
@@ -204,6 +232,8 @@ def main() -> None:
             print(f"By ppo_llm.py of commit {commit}:\n")
             if name == "bugs":
                 mistakes(rows)
+            elif name.startswith("critic"):
+                critics(read(rows))
             else:
                 compare(read(rows))
 

@@ -88,6 +88,17 @@ CRITIC_RATES = {
     for name, change in CRITICS.items()
     for times in (0.33, 1, 3)
 }
+SEPARATE = dict(critic="separate")
+CRITIC_FIT = {
+    "critic": {},
+    "critic, vf_coef=1": dict(vf_coef=1.0),
+    "critic, 4 epochs more": dict(critic_epochs=4),
+    "separate critic": SEPARATE,
+    "separate critic, its rate x 3": SEPARATE | dict(critic_lr=9e-3),
+    "separate critic, 4 epochs more": SEPARATE | dict(critic_epochs=4),
+    "VC-PPO": SEPARATE | dict(loss=tasks.long_returns, lam=1 - 1 / (0.05 * 128), critic_warmup_updates=3),
+    "VC-PPO, no warm-up": SEPARATE | dict(loss=tasks.long_returns, lam=1 - 1 / (0.05 * 128)),
+}
 SMOLLM2_RATES = {}  # times the task's
 for times in (0.1, 0.3, 1.0):
     for kl in (1.0, 0.1):
@@ -99,6 +110,7 @@ STUDIES = {
     "penalty": (["demo"], range(60, 65), PENALTY),
     "baselines": (tasks.SMALL, range(50, 60), BASELINES),
     "critic-rates": (["early-64", "end-64", "every-64"], range(90, 92), CRITIC_RATES),
+    "critic-fit": (["early-128", "end-128", "every-128"], range(92, 94), CRITIC_FIT),
     "smollm2": (["smollm2"], range(21, 24), {"defaults": {}}),
     "smollm2-rates": (["smollm2"], range(11, 16), SMOLLM2_RATES),
 }

@@ -208,7 +208,25 @@ def long_returns(actor, batch, cfg):
     return ppo_llm.ppo_loss(actor, dataclasses.replace(batch, returns=returns), cfg)
 
 
-def train(task: Task, seed: int, center: bool = False, loss=ppo_llm.ppo_loss, **changes) -> list[dict]:
+@contextlib.contextmanager
+def more_epochs(number: int):
+    """After each update the critic alone is trained for this many epochs more."""
+    update = ppo_llm.ppo_update
+
+    def longer(actor, optimizer, rollout, cfg, critic_only=False, loss=ppo_llm.ppo_loss):
+        stats = update(actor, optimizer, rollout, cfg, critic_only, loss)
+        if number:
+            update(actor, optimizer, rollout, dataclasses.replace(cfg, num_ppo_epochs=number), True, loss)
+        return stats
+
+    ppo_llm.ppo_update = longer
+    yield
+    ppo_llm.ppo_update = update
+
+
+def train(
+    task: Task, seed: int, center: bool = False, loss=ppo_llm.ppo_loss, critic_epochs: int = 0, **changes
+) -> list[dict]:
     """Rows of one run as ppo_llm.train makes it: of each update, and of held-out prompts before and after.
 
     center: what is trained on is the first reward less the mean of its group; the rows have that reward as it is.
@@ -224,7 +242,8 @@ def train(task: Task, seed: int, center: bool = False, loss=ppo_llm.ppo_loss, **
         ours = ppo_llm.prepare(cfg, task.prompts, rewards, model, task.tokenizer, task.held_out)
         rows = [as_row(ppo_llm.evaluate_held_out(ours)[0], score)]
         basics = ours.actor, ours.ref, ours.optimizer, ours.prompts, ours.score, ours.stop_ids, cfg, ours.progress
-        rows += [as_row(metrics, score) for metrics, _ in ppo_llm.ppo(*basics, loss=loss)]
+        with more_epochs(critic_epochs):
+            rows += [as_row(metrics, score) for metrics, _ in ppo_llm.ppo(*basics, loss=loss)]
         return rows + [as_row(ppo_llm.evaluate_held_out(ours)[0], score)]
 
 
