@@ -888,7 +888,7 @@ def dialogues(actor, prompts, cfg):
 
     torch.manual_seed(0)
     cfg = dataclasses.replace(cfg, response_length=2, micro_batch_size=1000, temperature=100.0)
-    rollout = converse(answer, 2, actor, 1500 * prompts, [STOP], cfg)
+    rollout = converse(answer, 3, actor, 1500 * prompts, [STOP], cfg)
     distinct = {
         (str(prompt), str(reply), str(said.mask)): i
         for i, (prompt, reply, said) in enumerate(each_reply(rollout))

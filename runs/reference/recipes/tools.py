@@ -2,9 +2,9 @@
 
     python runs/reference/recipes/tools.py      # half a minute: a tiny model learns to call a calculator
 
-What changes is `sample`, the sampler that `ppo` takes. What the tool wrote is `present`, so the model reads it, and not
-in `mask`: it has no gradient, KL or value. A turn is at most `response_length` tokens, and reads all before it anew.
-For one process. Watch `reply/length`, and how often the tool is called.
+What changes: `sample`. What the tool wrote is `present`, so the model reads it, and not in `mask`: it has no gradient,
+KL or value. A turn is at most `response_length` tokens, and costs a forward of all before it. For one process. Watch
+`reply/length`, and how often the tool is called.
 """
 import copy
 import random
@@ -21,20 +21,20 @@ from ppo_llm import Actor, PPOConfig, Progress, Prompt, Rollout, left_pad, ppo, 
 PLUS, IS, CALL, END = 19, 20, 21, 22  # token ids; those from 0 to 18 are numbers
 
 
-def converse(answer, turns, actor, prompts, stop_ids, cfg):
-    """answer(reply): what the policy reads after its turn, a list of token ids; an empty one ends the dialogue."""
+def converse(answer, longest, actor, prompts, stop_ids, cfg):
+    """answer(reply): what the policy reads after its turn, a list of token ids. An empty one ends the dialogue, and so
+    does a turn after which it has `longest` tokens."""
     dialogues = [[] for _ in prompts]  # of each token: id, whether the policy wrote it, its log π
     going = list(range(len(prompts)))
-    for turn in range(turns):
+    while going:
         so_far = [Prompt(prompts[i].ids + [token for token, _, _ in dialogues[i]]) for i in going]
         rollout = sample_replies(actor, so_far, stop_ids, cfg)
         for i, reply, logprobs in zip([*going], rollout.replies(), rollout.sampler_logprobs.tolist()):
-            told = answer(reply) if turn + 1 < turns else []
-            dialogues[i] += [*zip(reply, [True] * len(reply), logprobs), *((token, False, 0.0) for token in told)]
+            dialogues[i] += zip(reply, [True] * len(reply), logprobs)
+            told = answer(reply) if len(dialogues[i]) < longest else []
+            dialogues[i] += [(token, False, 0.0) for token in told]
             if not told:
                 going.remove(i)
-        if not going:
-            break
     columns = zip(*[zip(*dialogue) for dialogue in dialogues])
     responses, mask, logprobs = (pad_sequence([torch.tensor(x) for x in column], True) for column in columns)
     present = torch.arange(mask.shape[1]) < torch.tensor([[len(dialogue)] for dialogue in dialogues])
@@ -68,6 +68,7 @@ if __name__ == "__main__":
     actor, ref = Actor(model), Actor(copy.deepcopy(model)).requires_grad_(False)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=3e-4, weight_decay=0.0)
     cfg = PPOConfig(num_updates=20, batch_size=64, response_length=6, kl_coef=0.05)
-    prompts, sample = [Prompt([a, PLUS, b, IS]) for a, b in sums], partial(converse, calculator, 2)
+    prompts = [Prompt([a, PLUS, b, IS]) for a, b in sums]
+    sample = partial(converse, calculator, 5)
     for metrics, _ in ppo(actor, ref, optimizer, prompts, score, [CALL, END], cfg, Progress(cfg.kl_coef), sample):
         print("right {objective/scores:.2f}, calls {calls:.2f}, KL {objective/kl:.1f}".format_map(metrics))

@@ -193,7 +193,7 @@ def centered(reward):
     """The reward less its mean over the replies to the same prompt."""
 
     def center(prompts, completions, **columns) -> list[float]:
-        scores = reward(prompts, completions, **columns)
+        scores = reward(prompts=prompts, completions=completions, **columns)
         groups = defaultdict(list)
         for prompt, score in zip(prompts, scores):
             groups[str(prompt)].append(score)

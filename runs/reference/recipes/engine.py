@@ -1,0 +1,60 @@
+"""Another sampler: a serving engine writes the replies, here `transformers.generate` in place of vLLM or SGLang.
+
+    python runs/reference/recipes/engine.py      # half a minute: with the newest weights, and with those of two updates ago
+
+What changes: `sample` asks the engine and keeps its log π; `loss` weights each token by how much likelier it is to the
+trainer, at most CAP times (truncated importance sampling): the ratio is then to the policy that sampled. Needed where
+the engine's weights are old or it computes otherwise. Watch `policy/sampler_gap`: 0.1 nats are more than rounding.
+"""
+import copy
+import dataclasses
+import sys
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+sys.path.insert(0, ".")
+from ppo_llm import Actor, PPOConfig, Progress, Prompt, Rollout, left_pad, ppo, ppo_loss, response_mask, seed_everything
+
+CAP = 2.0
+
+
+class Engine:
+    def __init__(self, model, age=0):
+        self.model, self.sent = copy.deepcopy(model), [copy.deepcopy(model.state_dict()) for _ in range(age)]
+
+    def sample(self, actor, prompts, stop_ids, cfg):
+        self.sent.append(copy.deepcopy(actor.lm.state_dict()))
+        self.model.load_state_dict(self.sent.pop(0))  # here the weights are sent to the engine; oldest first, if it lags
+        queries, query_mask = left_pad([prompt.ids for prompt in prompts])
+        how = dict(do_sample=True, top_k=0, temperature=cfg.temperature, max_new_tokens=cfg.response_length)
+        how |= dict(eos_token_id=stop_ids or None, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+        out = self.model.generate(queries, attention_mask=query_mask.long(), **how)
+        responses = out.sequences[:, queries.shape[1] :]
+        logprobs = (torch.stack(out.logits, 1) / cfg.temperature).log_softmax(-1)
+        present = response_mask(responses, stop_ids)
+        logprobs = logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+        return Rollout(queries, query_mask, responses, present, present, logprobs)
+
+
+def corrected_loss(actor, batch, cfg):
+    weights = (batch.logprobs - batch.sampler_logprobs).exp().clamp(max=CAP)
+    return ppo_loss(actor, dataclasses.replace(batch, advantages=weights * batch.advantages), cfg)
+
+
+def score(prompts, replies):
+    return torch.tensor([sum(token % 4 == 0 for token in reply) / len(reply) for reply in replies]), {}
+
+
+if __name__ == "__main__":
+    for age in (0, 2):
+        seed_everything(0)
+        size = dict(vocab_size=32, n_layer=2, n_embd=64, n_head=4)
+        model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **size))
+        actor, ref, engine = Actor(model), Actor(copy.deepcopy(model)).requires_grad_(False), Engine(model, age)
+        optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3, weight_decay=0.0)
+        prompts = [Prompt(torch.randint(32, (8,)).tolist()) for _ in range(512)]
+        cfg = PPOConfig(num_updates=12, batch_size=64, response_length=24, kl_coef=0.01)
+        updates = ppo(actor, ref, optimizer, prompts, score, [], cfg, Progress(0.01), engine.sample, corrected_loss)
+        for metrics, _ in updates:
+            print("score {objective/scores:.2f}, gap {policy/sampler_gap:.1e}".format_map(metrics))
