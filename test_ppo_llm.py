@@ -2876,6 +2876,107 @@ def test_readme_commands_and_code_run(tmp_path, monkeypatch):
             exec(re.sub(r"num_updates=\d+", "num_updates=1", code), {"__name__": "readme"})
 
 
+# -------------------------------------------------------------------------------------------------------- the recipes
+
+RECIPES = {  # what each prints; what must hold of the numbers in that
+    "tools.py": (r"right ([\d.]+), calls ([\d.]+)", lambda x: x[-1][0] > 0.6 > 0.4 > x[0][0] and x[-1][1] > 0.7),
+    "dense.py": (r"first ([\d.]+), mean ([\d.]+), last ([\d.]+)", lambda x: x[1][1] > x[0][1] > x[0][0] + 0.2),
+    "grpo.py": (r"score ([\d.]+) to ([\d.]+), KL ([\d.]+)", lambda x: min(x[0][1], x[1][1]) > 0.7 and x[0][2] < x[1][2]),
+    "lora.py x": (r"score ([\d.]+)", lambda x: x[-1][0] > x[0][0] + 0.2),
+    "engine.py": (
+        r"score ([\d.]+), gap ([\d.e-]+)",
+        lambda x: min(x[11][0], x[-1][0]) > x[0][0] + 0.2 and x[11][1] < 1e-5 and x[-1][1] > 0.1,
+    ),
+    "reward_training.py x": (
+        r"reward (-?[\d.]+), sentiment (-?[\d.]+)\n",
+        lambda x: x[-1][0] > x[4][0] > x[0][0] and max(x)[1] + 0.3 < max(y for _, y in x) > x[0][1] + 0.5,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_learns(recipe, tmp_path):
+    """As its first lines say, from the top of the repository."""
+    if recipe.startswith("lora"):
+        pytest.importorskip("peft")
+    pattern, holds = RECIPES[recipe]
+    words = f"{sys.executable} runs/reference/recipes/{recipe}".replace(" x", f" {tmp_path}/x").split()
+    done = subprocess.run(words, cwd=HERE, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    numbers = [[*map(float, found)] for found in re.findall(pattern, done.stdout)]
+    assert holds(numbers), done.stdout
+
+
+def test_the_reference_of_lora_is_the_base_and_all_that_is_saved_is_the_policy(tmp_path):
+    """With adapters that are not 0 any more: the reference says what the bare base says, which has not moved and may be
+    bfloat16. peft loads the adapters, and merged into the base they are the policy."""
+    peft = pytest.importorskip("peft")
+    from lora import adapted, reference
+
+    base = model_of("Llama")
+    put(tmp_path / "base", base)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model, actor = adapted(loaded)
+    cfg = settings_of()
+    for name, weight in actor.lm.named_parameters():
+        assert weight.requires_grad == ("lora_" in name)
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    rollout = P.sample_replies(actor, random_prompts(LENGTHS), [STOP], cfg)
+    P.fill_logprobs_and_values(actor, reference(model, actor), rollout, cfg)
+    model.save_pretrained(tmp_path / "adapters")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
+    merged = copy.deepcopy(again).merge_and_unload()
+    for prompt, reply, said in each_reply(rollout):
+        assert error(said.ref_logprobs, alone(base, prompt, reply)) < 1e-4
+        for lm in (again, merged):
+            assert error(said.logprobs, alone(lm, prompt, reply)) < 1e-4
+    assert error(rollout.logprobs, rollout.ref_logprobs) > 0.1
+    bfloat = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16))[1]
+    assert {weight.dtype for weight in bfloat.parameters() if weight.requires_grad} == {torch.float32}
+    assert bfloat.lm.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stale_engine_is_corrected(kind):
+    """Replies by an older policy μ, each weighted by μ's probability. With the correction the expected gradient is that
+    of the surrogate, PPO eq. 6, for the policy that sampled: Σ_y μ(y) Σ_t π/μ(y_t)·A_t. Without it, it is another."""
+    from engine import corrected_loss
+
+    cfg = settings_of(lam=0.7, gamma=0.9, kl_coef=0.3, vf_coef=0.0)
+    actor, older = tiny_actor(kind, 3), tiny_actor(kind, 3)
+    for p in older.lm.parameters():
+        p.data += 0.01 * torch.randn(p.shape, dtype=REAL, generator=torch.Generator().manual_seed(1))
+    rollout, scores, _ = language(actor, tiny_actor(kind, 3, 9), [1, 3], cfg, False, False)
+    rollout.advantages /= rollout.logprobs.sum(1, keepdim=True).exp()
+    stale = dataclasses.replace(rollout, logprobs=None)
+    P.fill_logprobs_and_values(older, None, stale, cfg)
+    rollout.sampler_logprobs = stale.logprobs
+    rollout.advantages *= stale.logprobs.sum(1, keepdim=True).exp()
+    got, plain = (gradients(loss(actor, whole(rollout), cfg)[0], actor.lm) for loss in (corrected_loss, P.ppo_loss))
+    surrogate = 0.0
+    for prompt, reply, said in each_reply(rollout):
+        ratio = (alone(actor.lm, prompt, reply) - said.sampler_logprobs).exp()
+        surrogate += (ratio * said.advantages).sum() / rollout.mask.sum()
+    expected = gradients(-surrogate, actor.lm)
+    assert error(got, expected) < EXACT[kind]
+    assert error(plain, expected) > 1e-3
+
+
+@pytest.mark.parametrize("divide", [False, True])
+def test_scores_of_a_group_are_centered(divide):
+    from grpo import in_groups
+
+    replies = [[4 * (i % 3 > 0) + (i == 3)] for i in range(16)]
+    scores, metrics = in_groups(None, replies, divide)
+    plain = real([float(reply[0] % 4 == 0) for reply in replies]).view(2, 8)
+    for got, group in zip(scores.view(2, 8), plain):
+        expected = group - group.mean()
+        assert error(got, expected / (group.std(correction=0) + 1e-4) if divide else expected) < 1e-6
+    assert metrics == {"score": pytest.approx(float(plain.mean()))}
+
+
 # --------------------------------------------------------------------------------------------------- the museum of bugs
 # Mistakes that others shipped, most of them for years and under green tests, with the project or its issue in brackets,
 # and slips of the kind, without. An exhibit is a function, the code that is right, the code that was shipped, and a

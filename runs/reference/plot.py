@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parent / "study"))
 import results
 
 GREY, BLUE = "#7a7a7a", "#2478e8"  # both can be read on a white page and on a dark one
+PALETTE = (BLUE, "#d1495b", "#2a9d6f", "#b07d12", "#8a63d2")
 COLUMNS = 3
 LOWEST, HIGHEST = -80, 30  # percent, the ends of the axis of draw_details
 STYLE = {
@@ -177,7 +178,42 @@ def draw_seeds(path: Path) -> Figure:
     return draw(list(runs.values()))
 
 
-STUDIES = {"details.csv": draw_details, "penalty.csv": draw_penalty, "smollm2.csv": draw_seeds}
+def draw_critic(path: Path) -> Figure:
+    """What a critic is worth over the length of replies: a column a task, a line a kind of credit, over seeds."""
+    found = results.read(results.largest(path))
+    kinds = {"early": "one early token counts", "end": "all count, paid at the end", "every": "all count, paid at once"}
+    panels = {
+        "J": lambda run, task: run["J"],
+        "score": lambda run, task: run["score"],
+        "β·KL": lambda run, task: run["score"] - run["J"],
+        "replies to the goal": lambda run, task: results.replies_to_goal(run, results.GOALS[task.split("-")[0]]),
+    }
+    changes = [*dict.fromkeys(change for _, change, _ in found if "VC-PPO" not in change)]
+    figure = Figure(figsize=(8.6, 9.0), layout="constrained")
+    for line, (name, value) in zip(figure.subplots(len(panels), 3, sharex=True, sharey="row"), panels.items()):
+        for axes, (kind, title) in zip(line, kinds.items()):
+            for i, change in enumerate(changes):
+                points = []
+                for length in results.LENGTHS:
+                    task = f"{kind}-{length}"
+                    runs = [value(run, task) for (t, c, _), run in found.items() if (t, c) == (task, change)]
+                    if runs:  # moved aside a little, so that bars do not cover one another
+                        points.append((length * 1.04 ** (i - len(changes) / 2), *results.mean_and_error(runs)))
+                if points:
+                    x, y, error = zip(*points)
+                    axes.errorbar(x, y, error, fmt="o-", color=PALETTE[i], markersize=4, linewidth=1.5, label=change)
+            axes.set(xscale="log", title=title if name == "J" else None)
+            axes.set_xticks(results.LENGTHS, map(str, results.LENGTHS))
+            axes.minorticks_off()
+            axes.grid(True)
+        line[0].set_ylabel(name)
+        if name == "J":
+            figure.legend(*line[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.supxlabel("tokens of a reply; held-out replies after 1,920 trained on; bars: standard errors over seeds", fontsize=10)
+    return figure
+
+
+STUDIES = {"critic.csv": draw_critic, "details.csv": draw_details, "penalty.csv": draw_penalty, "smollm2.csv": draw_seeds}
 
 
 def main() -> None:
