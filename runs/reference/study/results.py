@@ -147,14 +147,15 @@ def compare(results: dict) -> None:
         fluent = sum(run["fluency"] >= 0.85 for run in demos)
         cells += [f"{fluent} of {len(demos)}", f"{average:+.0f}"]
         lines.append((average, f"| {' | '.join(cells)} |"))
-    columns = [f"{task}: {what}" for task in names for what in ("run", "end", "its KL", "J")]
-    columns = ["change", *columns, "demos that end fluent", "mean"]
-    print(f"| {' | '.join(columns)} |")
-    print("|---" * len(columns) + "|")
-    for _, line in sorted(lines, key=lambda pair: -pair[0]):
-        print(line)
-    gains = sum(fmean(found[task, change][what]) > 0 for task, change, what in certain)
-    print(f"\n\\* {len(certain)} of {len(ps)} differences are more than chance (Holm, 5% for all), {gains} of them gains.")
+    if len(changes) > 1:
+        columns = [f"{task}: {what}" for task in names for what in ("run", "end", "its KL", "J")]
+        columns = ["change", *columns, "demos that end fluent", "mean"]
+        print(f"| {' | '.join(columns)} |")
+        print("|---" * len(columns) + "|")
+        for _, line in sorted(lines, key=lambda pair: -pair[0]):
+            print(line)
+        gains = sum(fmean(found[task, change][what]) > 0 for task, change, what in certain)
+        print(f"\n\\* More than chance (Holm, 5% for all): {len(certain)} of {len(ps)} differences, {gains} of them gains.")
     for task in names:
         runs = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
         means = {what: mean_and_error([run[what] for run in runs]) for what in ("before", "score", "kl", "J", "mean")}
@@ -226,17 +227,18 @@ def mistakes(rows: list[dict]) -> None:
             print()
 
 
-def main() -> None:
-    for name in sys.argv[1:]:
-        for commit, rows in read_rows(FOLDER / f"{name}.csv").items():
-            print(f"By ppo_llm.py of commit {commit}:\n")
-            if name == "bugs":
-                mistakes(rows)
-            elif name.startswith("critic"):
-                critics(read(rows))
-            else:
-                compare(read(rows))
+def show(name: str) -> None:
+    """The table of a CSV, for each commit whose rows it holds."""
+    for i, (commit, rows) in enumerate(read_rows(FOLDER / f"{name}.csv").items()):
+        print("\n" * (i > 0) + f"By ppo_llm.py of commit {commit}:\n")
+        if name == "bugs":
+            mistakes(rows)
+        elif name.startswith("critic"):
+            critics(read(rows))
+        else:
+            compare(read(rows))
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:]:
+        show(name)

@@ -1,0 +1,208 @@
+"""Computes again, from the rows, every number that the README and the pages of this folder state.
+
+    python runs/reference/audit.py             # lists what differs, and numbers of the README's results it cannot make
+    python runs/reference/audit.py --write     # puts the tables of the rows into the pages
+
+A table stands in its page between <!-- rows: NAME --> and <!-- end -->. A sentence is written below as the page has it,
+with its numbers computed. It needs nothing but Python; tests run it.
+"""
+import contextlib
+import csv
+import io
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE / "study"))
+import results
+
+README, INDEX, STUDY = HERE.parents[1] / "README.md", HERE / "README.md", HERE / "study" / "README.md"
+SIGNS = str.maketrans("-", "−")
+NEVER = 3840  # replies after which a run of learning.py that has not reached its goal ends
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+def pm(xs, digits=2) -> str:
+    return "{:.{}f} ± {:.{}f}".format(*(x for y in results.mean_and_error([*xs]) for x in (y, digits)))
+
+
+def runs(name: str, commit: str, task: str, change: str) -> list[dict]:
+    found = results.read(results.read_rows(HERE / "study" / f"{name}.csv")[commit])
+    return [run for (t, c, _), run in found.items() if (t, c) == (task, change)]
+
+
+def demos(commit: str) -> dict[str, list[float]]:
+    """Columns of demo-seeds.csv."""
+    with open(HERE / "demo-seeds.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["commit"] == commit]
+    return {name: [float(row[name]) for row in rows] for name in rows[0] if name != "commit"}
+
+
+def learning(name: str) -> dict[tuple, list[dict]]:
+    """{(commit, change, task, rate): rows} of learning/NAME.jsonl."""
+    groups = defaultdict(list)
+    for line in (HERE / "learning" / f"{name}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        groups[row["commit"], row["change"], row["task"], row["rate"]].append(row)
+    return groups
+
+
+def replies(rows: list[dict]) -> float:
+    return fmean(row["samples"] or NEVER for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def study(name: str) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        results.show(name)
+    return text.getvalue().strip()
+
+
+def even() -> str:
+    ours, theirs = learning("even"), learning("trl")
+    lines = ["| learning rate | ours | TRL | ours, s | TRL, s |", "|---|---|---|---|---|"]
+    for rate in (3e-4, 1e-3, 3e-3, 1e-2):
+        both = ours["0574b0b", "default", "even", rate], theirs["0574b0b", "TRL", "even", rate]
+        counts = [f"{replies(x):.0f} ({min(r['samples'] for r in x)}–{max(r['samples'] for r in x)})" for x in both]
+        seconds = [f"{fmean(row['seconds'] for row in x):.0f}" for x in both]
+        lines.append(f"| {rate} | {' | '.join(counts + seconds)} |")
+    return "\n".join(lines)
+
+
+EACH = {  # change of each.jsonl: the default, and what stands in its place
+    "default": "all of them | ",
+    "lam=0.95": "λ = 1 | 0.95",
+    "vf_coef=0.1": "vf_coef 0.3 | 0.1",
+    "vf_coef=1": " | 1",
+    "cliprange_value=0.2": "no value clip | 0.2",
+    "critic=separate": "critic shared | separate",
+    "critic=action-value": " | action values",
+    "critic=none": " | none (vf_coef 0)",
+    "target_kl=null": "target_kl 1 | none",
+    "target_kl=0.1": " | 0.1",
+    "num_ppo_epochs=2": "4 epochs | 2",
+    "num_ppo_epochs=8": " | 8",
+    "num_mini_batches=2": "4 minibatches | 2",
+    "num_mini_batches=8": " | 8",
+    "beta2=0.95": "Adam's β₂ 0.999 | 0.95",
+    "eps=1e-8": "Adam's ε 1e-5 | 1e-8",
+    "max_grad_norm=0.3": "max_grad_norm 1 | 0.3",
+    "max_grad_norm=null": " | none",
+    "whiten_advantages=false": "advantages whitened | not",
+    "warmup_updates=3": "no warm-up | 3 updates",
+}
+
+
+def each() -> str:
+    found, tasks = learning("each"), "even last first length kl".split()
+    lines = [f"| default | instead | {' | '.join(f'`{task}`' for task in tasks)} | |", "|---" * 8 + "|"]
+    for change, words in EACH.items():
+        groups = [found["0574b0b", change, task, 3e-3] for task in tasks]
+        base = [replies(found["0574b0b", "default", task, 3e-3]) for task in tasks]
+        cells = [f"{replies(rows):.0f}" + "\\*" * (None in [row["samples"] for row in rows]) for rows in groups]
+        ratio = fmean(replies(rows) / x for rows, x in zip(groups, base))
+        lines.append(f"| {words} | {' | '.join(cells)} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+UNITS = {
+    "even": "`even`, dense: share of even tokens",
+    "last": "`last`, sparse: the last token",
+    "first": "`first`, one early token",
+    "length": "`length`, end after ten tokens",
+    "kl": "`kl`, dense, against a KL penalty",
+}
+
+
+def units() -> str:
+    before, now = learning("before"), learning("defaults")
+    lines = ["| task | before: λ 0.95, vf 0.1, clip 0.2, raw units | now |", "|---|---|---|"]
+    for task, words in UNITS.items():
+        cells = []
+        for found, key in ((before, ("2a3dcab", "before")), (now, ("0574b0b", "default"))):
+            groups = [found[*key, task, rate] for rate in (1e-3, 3e-3 if task == "even" else 1e-2)]
+            said = (f"{replies(rows):.0f} ({fmean(row['explained'] for row in rows):.2f})" for rows in groups)
+            cells.append(" \\| ".join(said).translate(SIGNS))
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def redesign() -> str:
+    found = learning("redesign")
+    lines = ["| task | before | after | after / before | after what followed |", "|---|---|---|---|---|"]
+    for task in "last first length kl even".split():
+        groups = [found[commit, "default", task, 3e-3] for commit in ("0574b0b", "807e136", "346dbbb")]
+        said = [f"{replies(rows):.0f} ({fmean(row['explained'] for row in rows):.2f})" for rows in groups]
+        said.insert(2, f"{replies(groups[1]) / replies(groups[0]):.2f}")
+        lines.append(f"| `{task}` | {' | '.join(said)} |".translate(SIGNS))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- the sentences
+
+
+def sentences():
+    """Yields (page, what it says)."""
+    now, before = demos("a6d1191"), demos("0574b0b")
+    yield README, (
+        f"Over fifteen seeds, 1 to 5 and 100 to 109, the held-out score rises from {pm(now['score_before'])} to "
+        f"{pm(now['score'])} at a KL of {fmean(now['kl']):.1f} nats and a fluency of {pm(now['fluency'], 3)} (the file before "
+        f"its redesign, on the same seeds: {pm(before['score'])}, {fmean(before['kl']):.1f}, {pm(before['fluency'], 3)})."
+    )
+    others = [run for name in ("details", "baselines") for run in runs(name, "f0e94a8", "demo", "defaults")]
+    broken = [run["fluency"] for run in others if run["fluency"] < 0.85]
+    assert len(broken) == 1
+    yield README, (
+        f"Of {len(others)} other seeds, one ended in broken sentences, at a fluency of {broken[0]:.2f}; before the redesign "
+        "one of five did by rounding alone."  # micro_batch_size=8 of bugs.csv, seed 34
+    )
+    for line in (HERE / "demo" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "eval/score" in row:
+            names = ["score", "reply/ended", "rewards/sentiment", "rewards/fluency", "kl"]
+            means = (f"{n.split('/')[-1]} {row[f'eval/{n}']:.2f} ± {row[f'eval/{n}_se']:.2f}" for n in names)
+            yield README, f"Held-out, update {row['update']}: {', '.join(means)}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the audit
+
+
+def main() -> int:
+    wrong = []
+    made = {"even": even, "each": each, "units": units, "redesign": redesign}
+    for page in (INDEX, STUDY):
+        text = page.read_text()
+        parts = re.split(r"(<!-- rows: \S+ -->\n).*?(\n<!-- end -->)", text, flags=re.S)
+        for i in range(1, len(parts), 3):
+            name = parts[i].split()[2]
+            parts[i] += "\n" + (made[name]() if name in made else study(name)) + "\n"
+        new = "".join(parts)
+        if "--write" in sys.argv:
+            page.write_text(new)
+        elif new != text:
+            old = text.splitlines()
+            wrong += [f"{page}: the rows say\n    {line}" for line in new.splitlines() if line not in old]
+    left = {page: " ".join(page.read_text().split()) for page in (README, INDEX, STUDY)}
+    for page, said in sentences():
+        said = " ".join(said.split())
+        if said not in left[page]:
+            wrong.append(f"{page}: the rows say\n    {said}")
+        left[page] = left[page].replace(said, "")
+    claims = re.search(r"## Results(.*?)Left out on purpose", left[README]).group(1)
+    claims = re.sub(r"`[^`]*`|\([^()]*\.(md|csv|svg|py)[^()]*\)|commit \w+", "", claims)
+    wrong += [f"{README}: no rows for the number {x}" for x in re.findall(r"\d[\d,.]*\d|\d", claims)]
+    print("\n".join(wrong) or "all numbers are those of the rows")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
