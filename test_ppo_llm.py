@@ -2876,6 +2876,12 @@ def test_readme_commands_and_code_run(tmp_path, monkeypatch):
             exec(re.sub(r"num_updates=\d+", "num_updates=1", code), {"__name__": "readme"})
 
 
+def test_published_numbers_are_those_of_the_rows():
+    """Tables and sentences of the README and the pages under runs/reference, computed again."""
+    done = subprocess.run([sys.executable, "runs/reference/audit.py"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # -------------------------------------------------------------------------------------------------------- the recipes
 
 RECIPES = {  # what each prints; what must hold of the numbers in that

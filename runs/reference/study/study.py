@@ -75,6 +75,9 @@ BASELINES = {
     "no critic, 8 replies per prompt": NO_CRITIC | EIGHT,
     "group mean, no critic": NO_CRITIC | EIGHT | dict(center=True),
     "group mean and critic": EIGHT | dict(center=True),
+    "TRL's settings": dict(  # but for its value clip, which is in units of the score, and Adam's eps
+        critic="separate", lam=0.95, vf_coef=0.1, cliprange_value=0.2, target_kl=None, max_grad_norm=1e9
+    ),
 }
 CRITICS = {
     "critic": {},
