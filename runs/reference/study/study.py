@@ -95,6 +95,7 @@ SEPARATE = dict(critic="separate")
 CRITIC_FIT = {
     "critic": {},
     "critic, vf_coef=1": dict(vf_coef=1.0),
+    "critic, its head's rate x 3": dict(critic_lr=9e-3),
     "critic, 4 epochs more": dict(critic_epochs=4),
     "separate critic": SEPARATE,
     "separate critic, its rate x 3": SEPARATE | dict(critic_lr=9e-3),
