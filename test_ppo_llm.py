@@ -1680,16 +1680,11 @@ def interlude():
 
 
 def answers(prompts, completions, completion_ids, answer, **columns):
-    """A number for some replies, one for each token of others."""
+    """A number for some replies, a list with it at the last token for others."""
     interlude()
     torch.rand(1 + int(os.environ.get("RANK", 0)))  # other random numbers are left on each process
-    told = []
-    for x, text, ids in zip(answer, completions, completion_ids):
-        each = [0.0] * len(ids)
-        each[0] += x
-        each[-1] += text.count("a")
-        told.append(each if x % 2 else sum(each))
-    return told
+    told = [x + text.count("a") for x, text in zip(answer, completions)]
+    return [[0.0] * (len(ids) - 1) + [x] if x % 2 else x for x, ids in zip(told, completion_ids)]
 
 
 def at_call(monkeypatch, number, do):
