@@ -89,8 +89,17 @@ CRITICS = {
 CRITIC_RATES = {
     f"{name}, rate x {times}": change | dict(learning_rate=times)
     for name, change in CRITICS.items()
-    for times in (0.33, 1, 3)
+    for times in (0.33, 1, 3, 10)
 }
+# Of these, by the mean J over the run, the best for: early, end, every.
+BEST = {
+    "critic": (1, 3, 3),
+    "separate critic": (3, 3, 1),
+    "critic, lam=0.95": (1, 1, 3),
+    "no critic": (3, 3, 3),
+    "group mean": (3, 3, None),
+}
+CRITIC = {name: CRITICS[name] | dict(learning_rate=times) for name, times in BEST.items()}
 SEPARATE = dict(critic="separate")
 CRITIC_FIT = {
     "critic": {},
@@ -113,6 +122,7 @@ STUDIES = {
     "rates": (["demo"], range(40, 45), RATES),
     "penalty": (["demo"], range(60, 65), PENALTY),
     "baselines": (tasks.SMALL, range(50, 60), BASELINES),
+    "critic": (tasks.LONG, range(70, 78), CRITIC),
     "critic-rates": (["early-64", "end-64", "every-64"], range(90, 92), CRITIC_RATES),
     "critic-fit": (["early-128", "end-128", "every-128"], range(92, 94), CRITIC_FIT),
     "smollm2": (["smollm2"], range(21, 24), {"defaults": {}}),
@@ -126,7 +136,10 @@ def settings(task: str, base, change: dict) -> dict:
     if "kl_target" in changed:
         changed["kl_target"] = KL_TARGETS[task]
     if "learning_rate" in changed:
-        changed["learning_rate"] *= base.learning_rate
+        times = changed["learning_rate"]
+        if isinstance(times, tuple):
+            times = times[["early", "end", "every"].index(task.split("-")[0])]
+        changed["learning_rate"] = times * base.learning_rate
     return changed
 
 
