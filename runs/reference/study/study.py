@@ -68,6 +68,8 @@ for times in (1.0, 3.0, 10.0):
     RATES[f"rate x {times}, target KL 0.1, warm-up of 2"] = warmup
 NO_CRITIC = dict(vf_coef=0.0)  # V stays the running mean of the returns
 EIGHT = dict(samples_per_prompt=8)
+# TRL's, but for its value clip, which is in units of the score, and Adam's eps.
+TRL = dict(critic="separate", lam=0.95, vf_coef=0.1, cliprange_value=0.2, target_kl=None, max_grad_norm=1e9)
 BASELINES = {
     "defaults": {},
     "critic, 8 replies per prompt": EIGHT,
@@ -75,9 +77,8 @@ BASELINES = {
     "no critic, 8 replies per prompt": NO_CRITIC | EIGHT,
     "group mean, no critic": NO_CRITIC | EIGHT | dict(center=True),
     "group mean and critic": EIGHT | dict(center=True),
-    "TRL's settings": dict(  # but for its value clip, which is in units of the score, and Adam's eps
-        critic="separate", lam=0.95, vf_coef=0.1, cliprange_value=0.2, target_kl=None, max_grad_norm=1e9
-    ),
+    "TRL's settings": TRL,
+    "TRL's settings, rate / 3": TRL | dict(learning_rate=1 / 3),
 }
 CRITICS = {
     "critic": {},
