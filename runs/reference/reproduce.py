@@ -24,7 +24,11 @@ RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
              f"python ../../ppo_llm.py --output-dir demo && {DEMOS}"),  # into folders that are not there yet
     "details": ("3 h", f"{TABLE} details && python plot.py study/details.csv", f"{STUDY} details"),
     "penalty": ("45 min", f"{TABLE} penalty && python plot.py study/penalty.csv", f"{STUDY} penalty"),
-    "baselines": ("90 min", f"{TABLE} baselines", f"{STUDY} baselines && {TRL} study/trl_tasks.py"),
+    "baselines": ("80 min", f"{TABLE} baselines", f"{STUDY} baselines"),
+    "trl": ("75 min", f"{TABLE} trl", f"{TRL} study/trl_tasks.py --times 0.33333 1 3"),
+    "critic": ("7 h", f"{TABLE} critic && python plot.py study/critic.csv", f"{STUDY} critic"),
+    "critic-rates": ("1 h", f"{TABLE} critic-rates", f"{STUDY} critic-rates"),
+    "critic-fit": ("80 min", f"{TABLE} critic-fit", f"{STUDY} critic-fit"),
     "rates": ("30 min", f"{TABLE} rates", f"{STUDY} rates"),
     "smollm2": ("40 min", f"{TABLE} smollm2 && python plot.py study/smollm2.csv", f"{STUDY} smollm2"),
     "smollm2-rates": ("2 h", f"{TABLE} smollm2-rates", f"{STUDY} smollm2-rates"),

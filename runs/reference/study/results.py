@@ -163,30 +163,39 @@ def compare(results: dict) -> None:
         print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(said)}")
 
 
-def replies_to_goal(run: dict, goal: float, batch: int = 64) -> float:
-    """Replies until the mean J of three updates is above the goal; all replies of a run that never gets there."""
+def reached(run: dict, goal: float) -> list[int]:
+    """The updates after which the mean J of three was above the goal."""
     path = run["path"]
-    reached = (n for n in range(3, len(path) + 1) if fmean(path[n - 3 : n]) > goal)
-    return batch * next(reached, len(path))
+    return [n for n in range(3, len(path) + 1) if fmean(path[n - 3 : n]) > goal]
 
 
-def critics(results: dict) -> None:
-    """Markdown: each task and change, held-out replies at the end, and how many replies it took."""
-    print("| task | change | runs | score | KL | J | J over the run | replies to the goal | never | explained variance |")
-    print("|---" * 10 + "|")
+def replies_to_goal(run: dict, goal: float, batch: int = 64) -> int:
+    """Replies until the goal; all replies of a run that never gets there."""
+    return batch * min(reached(run, goal), default=len(run["path"]))
+
+
+def levels(results: dict) -> None:
+    """Markdown: each task and change, held-out replies at the end, and how many replies the goal took, if there is one."""
+    has_goal = any(task.split("-")[0] in GOALS for task, _, _ in results)
+    columns = ["task", "change", "runs", "score", "KL", "J", "J over the run"]
+    columns += ["replies to the goal", "never", "explained variance"] if has_goal else ["fluency 0.85 or more"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for task in PRICES:
-        goal = GOALS.get(task.split("-")[0], math.inf)
         for change in dict.fromkeys(c for t, c, _ in results if t == task):
             runs = [run for (t, c, _), run in results.items() if (t, c) == (task, change)]
-            replies = [replies_to_goal(run, goal) for run in runs]
             cells = [task, change, str(len(runs))]
             for what, digits in (("score", 2), ("kl", 1), ("J", 2)):
                 value, error = mean_and_error([run[what] for run in runs])
                 cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")
             cells.append("{:.2f} ± {:.2f}".format(*mean_and_error([fmean(run["path"]) for run in runs])))
-            cells.append("{:.0f} ± {:.0f}".format(*mean_and_error(replies)))
-            cells.append(str(sum(fmean(run["path"][-3:]) <= goal and n == 64 * len(run["path"]) for run, n in zip(runs, replies))))
-            cells.append(f"{fmean(fmean(run['explained'][4:]) for run in runs):.2f}")
+            if has_goal:
+                goal = GOALS[task.split("-")[0]]
+                cells.append("{:.0f} ± {:.0f}".format(*mean_and_error([replies_to_goal(run, goal) for run in runs])))
+                cells.append(str(sum(not reached(run, goal) for run in runs)))
+                cells.append(f"{fmean(fmean(run['explained'][4:]) for run in runs):.2f}")
+            else:
+                cells.append(f"{sum(run['fluency'] >= 0.85 for run in runs)}" if task == "demo" else "")
             print(f"| {' | '.join(cells)} |")
 
 
@@ -234,7 +243,13 @@ def show(name: str) -> None:
         if name == "bugs":
             mistakes(rows)
         elif name.startswith("critic"):
-            critics(read(rows))
+            levels(read(rows))
+        elif name == "trl":  # beside ours on the seeds on which its learning rate was not chosen
+            ours = read([*read_rows(FOLDER / "baselines.csv").values()][-1])
+            both = ours | read(rows)
+            levels({key: run for key, run in sorted(both.items(), key=lambda pair: pair[0][1]) if key[2] in range(55, 60)})
+            print("\nThe seeds on which the rate was chosen:\n")
+            levels({key: run for key, run in read(rows).items() if key[2] in range(50, 55)})
         else:
             compare(read(rows))
 

@@ -1,14 +1,14 @@
 """TRL's PPOTrainer on the tasks of this folder and on `even` of ../learning: the same model, prompts and rewards.
 
     python -m venv trl-venv && trl-venv/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 tyro
-    trl-venv/bin/python runs/reference/study/trl_tasks.py                # half an hour of one core: baselines.csv
+    trl-venv/bin/python runs/reference/study/trl_tasks.py --times 0.33333 1 3       # 75 minutes of one core: trl.csv
     trl-venv/bin/python runs/reference/study/trl_tasks.py --tasks even --rates 3e-4 1e-3 3e-3 1e-2 --seeds 10 11 12
 
 Model, prompts, rewards, learning rate, KL penalty and batch are the task's. All else is as TRL has it: a critic of its
 own, here from the policy's weights, λ = 0.95 and a value clip. Rewards and held-out evaluations are by ppo_llm.
 
 The token that pads is none that the policy can sample. To TRL a reply ends where it begins, so that a sampled one would
-leave words behind that earn a score and cost no KL. The rows of commit 0574b0b were made with a token of the model.
+leave words behind that earn a score and cost no KL.
 """
 import argparse
 import contextlib
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-3], help="of `even`")
     parser.add_argument("--times", nargs="+", type=float, default=[1.0], help="the learning rate of the other tasks")
     parser.add_argument("--updates", type=int, help="by default the task's")
-    parser.add_argument("--out", type=Path, help="by default baselines.csv, and trl.jsonl of ../learning for `even`")
+    parser.add_argument("--out", type=Path, help="by default trl.csv, and trl.jsonl of ../learning for `even`")
     args = parser.parse_args()
     torch.set_num_threads(1)
     changes = {"num_updates": args.updates} if args.updates else {}
@@ -180,7 +180,7 @@ def main() -> None:
                     f.write(json.dumps(row | {"explained": float("nan")}) + "\n")
                 print(seed, name, rate, rows[-1]["score"], flush=True)
         else:
-            path = args.out or Path(__file__).with_name("baselines.csv")
+            path = args.out or Path(__file__).with_name("trl.csv")
             for times in args.times:
                 change = "TRL" if times == 1 else f"TRL, rate x {times:g}"
                 if (name, change, seed) in tasks.done(path):
