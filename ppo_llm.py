@@ -1059,7 +1059,7 @@ def ask(reward: Callable, columns: dict[str, list]):
             answers = asyncio.run(answers)
         scores = []
         for answer, ids in zip(answers, columns["completion_ids"], strict=True):
-            x = torch.as_tensor(math.nan if answer is None else answer, dtype=torch.float32)
+            x = torch.as_tensor(math.nan if answer is None else answer, dtype=torch.float32).detach()
             if x.ndim == 0:
                 x = F.pad(x.view(1), (len(ids) - 1, 0))
             if x.shape != (len(ids),) or not (answer is None or x.isfinite().all()):
@@ -1083,7 +1083,7 @@ def token_scores(tokenizer, text: str, ids: list[int], scored: dict[int, float])
     def written(t):  # characters of the text up to token t; half a character is not written yet
         return len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True).rstrip("\ufffd"))
 
-    lead = len(text) - written(len(ids) - 1)  # a space at the start that tokens decoded alone lack
+    lead = len(text) - len(tokenizer.decode(ids, skip_special_tokens=True))  # a space that tokens decoded alone lack
     scores = [0.0] * len(ids)
     for end, score in scored.items():
         scores[bisect.bisect_left(range(len(ids) - 1), end - lead, key=written)] += score

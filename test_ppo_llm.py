@@ -2252,7 +2252,7 @@ def test_a_reward_may_give_a_number_for_each_token(tmp_path):
     that does not end, stand at its last token; the sums over tokens are logged. Trained on are these numbers."""
 
     def whole(prompts, **columns):
-        return [1.0, None, torch.tensor(2), 3]
+        return [1.0, None, torch.tensor(2.0, requires_grad=True), 3]
 
     def each(completion_ids, **columns):
         return [None, torch.arange(2), [0.5, 0.25, 4], 5.0]
@@ -2263,6 +2263,7 @@ def test_a_reward_may_give_a_number_for_each_token(tmp_path):
     task.stop_ids = [9]
     prompts, replies = [P.Prompt([1], {"prompt": "a"})] * 4, [[1, 9], [3, 9], [2, 2, 9], [4, 4, 4, 4]]
     scores, said = task.judge(prompts, replies)
+    assert not scores.requires_grad
     assert scores.tolist() == [[0, 2, 0, 0, 0], [0, 10, 0, 0, 0], [5, 2.5, 44, 0, 0], [0, 0, 0, -44, 0]]
     assert [x.nan_to_num(-1).tolist() for x in said.values()] == [
         [1, 1, 1, 0],
@@ -2309,6 +2310,9 @@ def test_a_span_of_the_text_is_paid_at_the_token_that_completes_it(text, data):
     expected = [0.0] * len(ids)
     for end, score in ends.items():
         expected[len(text[:end].encode()) - 1] += score
+    ids += data.draw(st.sampled_from([[], tokenizer("😀")["input_ids"][:2]]))  # cut off within a character
+    expected += [0.0] * (len(ids) - len(expected))
+    text = tokenizer.decode(ids)
     assert P.token_scores(tokenizer, text, ids, ends) == expected
     assert (
         P.token_scores(tokenizer, " " + text, ids, {end + 1: score for end, score in ends.items()})
