@@ -158,7 +158,7 @@ def token_rewards(
     T = mask.shape[1]
     if scores.ndim == 1:
         scores = F.pad(scores.unsqueeze(1), (T - 1, 0))
-    # [B, T], the last written token up to each, -1 before the first.
+    # [B, T], the last written token up to each, -1 before the first: of the mask 0 1 1 0 0 1 it is -1 1 2 2 2 5.
     earner = torch.where(mask, torch.arange(T, device=mask.device), -1).cummax(1).values
     scores = torch.where(earner >= 0, scores, 0.0)
     rewards = torch.zeros_like(scores).scatter_add(1, earner.clamp(min=0), scores)
@@ -203,8 +203,10 @@ def policy_loss(
 ):  # [], stats
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
-    A is the advantage. A token whose ρ has left [1-ε, 1+ε] in the direction that A asks for has no gradient any
-    more; one that has left it in the other direction keeps its gradient.
+    A is the advantage. One batch is used for several steps, after the first of which the policy is no longer the one
+    that sampled it: ρ corrects for that, and the clip takes away what would be gained by going far. A token whose ρ has
+    left [1-ε, 1+ε] in the direction that A asks for has no gradient any more; one that has left it in the other
+    direction keeps its gradient.
 
     cliprange_high: upper ε; None: the lower (clip-higher, DAPO, arXiv 2503.14476).
     stats: means over the mask of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
@@ -287,7 +289,7 @@ class PPOConfig:
     cliprange_high: Positive | None = None  # upper ε (clip-higher, DAPO); None: the same ε
     cliprange_value: Positive | None = None  # ε of the value clip, in units of the critic; None: off
     vf_coef: NotNegative = 0.3  # c1, weight of the value loss
-    ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus
+    ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus, against settling too early; 0: not computed
     target_kl: Positive | None = 1.0  # KL(old ‖ new), nats per token, that ends an update; None: off
     critic_warmup_updates: Whole = 0  # first updates, which train only the value head, or the critic's own model too
 
@@ -587,7 +589,7 @@ def compute_advantages(
     mask = rollout.mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
     rollout.rewards = token_rewards(scores, kl, mask, kl_coef)
-    # The sums of rewards from each token on, discounted, without the critic: λ = 1 and V = 0.
+    # The sums of rewards from each token on, discounted, without the critic: advantages with λ = 1 and V = 0.
     sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
     rounding = 16 * torch.finfo(kl.dtype).eps * sampled_returns.abs().max()  # what differs by less is equal
     spread = float(sampled_returns[mask].std(correction=0))
@@ -647,7 +649,7 @@ def ppo_update(
             for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
                 share = int(rollout.mask[rows].sum()) / tokens
                 mean, stats = loss(actor, batch, cfg)
-                (share * mean).backward()
+                (share * mean).backward()  # gradients add up, over processes too, to that of the minibatch's mean
                 for name, x in stats.items():
                     sums[name] += share * x.detach()
             step = dict(zip(sums, all_sum(torch.stack([*sums.values()])).tolist()))
@@ -697,14 +699,16 @@ def ppo(
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own first rate times the schedule.
-    score(prompts, replies) -> (scores, metrics): replies are lists of token ids; scores are floats on the CPU, [B], or
+    score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats on the CPU, [B], or
     [B, T] with a number for the t-th token of a reply in column t, T the width of the rollout; metrics are floats by
     name, to be logged. Where there are several processes, all must get the same. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
+    During an update it still counts those before it, 0 in the first: what you pass may read it, for a coefficient that
+    changes.
     sample: what takes the place of `sample_replies`, such as an environment or a serving engine. It gives the whole
     rollout, a row for each prompt in their order, with all fields that have no default.
-    loss: what takes the place of `ppo_loss`. It gives a mean over `batch.mask`, and at least the statistic
-    "policy/approxkl".
+    loss(actor, batch, cfg) -> (loss, stats): what takes the place of `ppo_loss`. It is called for each micro-batch and
+    gives a mean over `batch.mask`; stats are such means too, as tensors of no dimension, among them "policy/approxkl".
 
     Raises ValueError for a batch that cannot be divided, for a reference, scores or masks that do not fit, and
     FloatingPointError for a policy that diverges. Ranges of settings are checked in Part II.

@@ -4,8 +4,8 @@
     python runs/reference/recipes/lora.py FOLDER      # half a minute; the adapters and the merged policy go to FOLDER
 
 What changes: the base may be bfloat16, as only what is trained must be float32; `ref` is a function, and no second
-model is in memory; the policy is saved by peft. It costs a learning rate ten times as high, as adapters start at 0.
-Watch `grad_norm`: it is 0 if nothing is trained, which only Part II refuses.
+model is in memory; the policy is saved by peft. SmolLM2-135M then trains in 1.1 GB in place of 3.5 (16 replies of 16
+tokens, 4 at a time). Adapters start at 0 and need a larger rate. Watch `grad_norm`: 0 if nothing is trained.
 """
 import sys
 
