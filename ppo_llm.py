@@ -649,7 +649,7 @@ def ppo_update(
             for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
                 share = int(rollout.mask[rows].sum()) / tokens
                 mean, stats = loss(actor, batch, cfg)
-                (share * mean).backward()  # gradients add up, over processes too, to that of the minibatch's mean
+                (share * mean).backward()  # gradients add up, over processes too, to that of the mean of the step
                 for name, x in stats.items():
                     sums[name] += share * x.detach()
             step = dict(zip(sums, all_sum(torch.stack([*sums.values()])).tolist()))
@@ -699,9 +699,10 @@ def ppo(
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own first rate times the schedule.
-    score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats on the CPU, [B], or
-    [B, T] with a number for the t-th token of a reply in column t, T the width of the rollout; metrics are floats by
-    name, to be logged. Where there are several processes, all must get the same. stop_ids: the tokens that end a reply.
+    score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats on the
+    CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the rollout; metrics are
+    floats by name, to be logged. Where there are several processes, all must get the same. stop_ids: the tokens that
+    end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     During an update it still counts those before it, 0 in the first: what you pass may read it, for a coefficient that
     changes.
