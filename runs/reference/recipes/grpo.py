@@ -28,10 +28,8 @@ def early(prompts, replies):
 def in_groups(prompts, replies, divide=True):
     scores, metrics = early(prompts, replies)
     groups = scores.view(-1, GROUP)
-    centered = groups - groups.mean(1, keepdim=True)
-    if divide:
-        centered /= groups.std(1, correction=0, keepdim=True) + 1e-4
-    return centered.flatten(), metrics
+    deviation = groups.std(1, correction=0, keepdim=True) + 1e-4 if divide else 1.0
+    return ((groups - groups.mean(1, keepdim=True)) / deviation).flatten(), metrics
 
 
 def grpo_loss(actor, batch, cfg):

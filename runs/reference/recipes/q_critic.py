@@ -27,8 +27,7 @@ class QActor(Actor):
             nn.init.zeros_(weight)
 
     def forward(self, batch, temperature, with_entropy=True):
-        """As Actor.forward, but for the values: V(s) while there are no advantages, for the baseline; then Q(s, a) of the
-        tokens of the reply, which the value loss draws to the returns."""
+        """As Actor.forward, but the values are V(s) while there are no advantages, then Q(s, a) for the value loss."""
         T = batch.responses.shape[1]
         ids = torch.cat([batch.queries, batch.responses], 1)
         attention = F.pad(batch.query_mask, (0, T), value=True)
