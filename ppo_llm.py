@@ -995,7 +995,7 @@ def encode(tokenizer, rows: list, vocabulary: int, room: int):
     return prompts
 
 
-def reply_text(tokenizer, prompt: Prompt, ids: list[int]):
+def reply_text(tokenizer, prompt: Prompt, ids: list):
     """The reply such that prompt + reply is the whole text. Decoded alone, it may lack the space at its start."""
     if isinstance(prompt.row["prompt"], str):
         start, text = tokenizer.batch_decode([prompt.ids, prompt.ids + ids], skip_special_tokens=True)
@@ -1004,7 +1004,7 @@ def reply_text(tokenizer, prompt: Prompt, ids: list[int]):
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_reward(spec: str):
+def load_reward(spec):
     """The function that `path/to/file.py:function` names."""
     path, _, name = spec.rpartition(":")
     sys.path.insert(0, os.path.dirname(path))  # what stands beside the file can be imported by it
@@ -1051,7 +1051,7 @@ def load_reward_model(name: str, device: torch.device, cfg: Config):
     return score
 
 
-def ask(reward: Callable, columns: dict[str, list]):
+def ask(reward: Callable, columns: dict):
     """What a reward function says of each token of each reply: a list of tensors. A number for the whole reply stands
     at its last token; NaN stands there for None, that the reward does not apply.
 
@@ -1063,7 +1063,7 @@ def ask(reward: Callable, columns: dict[str, list]):
         if inspect.isawaitable(answers):
             answers = asyncio.run(answers)
         scores = []
-        for answer, ids in zip(answers, columns["completion_ids"], strict=True):
+        for answer, ids in zip(answers[:], columns["completion_ids"], strict=True):  # neither a dict nor a set
             x = torch.as_tensor(math.nan if answer is None else answer, dtype=torch.float32).detach()
             if x.ndim == 0:
                 x = F.pad(x.view(1), (len(ids) - 1, 0))
@@ -1080,15 +1080,25 @@ def ask(reward: Callable, columns: dict[str, list]):
         raise
 
 
-def token_scores(tokenizer, text: str, ids: list[int], scored: dict[int, float]):
-    """For a reward function: a number for each token of a reply, from numbers for spans of its text.
+def token_scores(
+    tokenizer,
+    text: str,  # of the reply
+    ids: list,  # its tokens
+    scored: dict,  # the number of each span, by where in the text the span ends
+):
+    """For a reward function: a number for each token of a reply, from numbers for spans of its text. The token that
+    completes a span gets its number; what ends one behind the text belongs to the last token.
 
-    scored: the number of each span, by where the span ends in the text. The token that completes it gets the number.
+    A number must be settled by then: what a later token decides must be paid there, or that token is not credited.
+    ValueError for a text that is not of these tokens, and for an end outside it.
     """
     def written(t):  # characters of the text up to token t; half a character is not written yet
         return len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True).rstrip("\ufffd"))
 
-    lead = len(text) - len(tokenizer.decode(ids, skip_special_tokens=True))  # a space that tokens decoded alone lack
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    if not text.endswith(whole) or not all(0 < end <= len(text) + 1 for end in scored):
+        raise ValueError(f"expected a text that ends with {whole!r}, and ends of spans in it: {text!r}, {scored}")
+    lead = len(text) - len(whole)  # a space at the start, which tokens decoded alone lack
     scores = [0.0] * len(ids)
     for end, score in scored.items():
         scores[bisect.bisect_left(range(len(ids) - 1), end - lead, key=written)] += score
@@ -1105,13 +1115,13 @@ class Task:
     optimizer: torch.optim.Optimizer
     progress: Progress
     tokenizer: object
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    rewards: list[tuple]  # each with its weight
-    stop_ids: list[int]
+    prompts: list
+    held_out: list  # prompts too
+    rewards: list  # each with its weight
+    stop_ids: list
     lock: object = contextlib.nullcontext()  # of the folder, until the run ends
 
-    def judge(self, prompts: list[Prompt], replies: list[list[int]]):  # -> [B, T], metrics
+    def judge(self, prompts: list, replies: list):  # -> [B, T], metrics
         """The score of each token, and by name what is said of each reply, [B]: by each reward function, the sum over
         its tokens, and whether it has ended.
 
@@ -1121,7 +1131,7 @@ class Task:
         rank, count = world()
         B = len(prompts)
         share = slice(rank * B // count, (rank + 1) * B // count)
-        columns = {key: [prompt.row.get(key) for prompt in prompts[share]] for key in prompts[0].row}
+        columns = {key: [prompt.row.get(key) for prompt in prompts[share]] for key in self.prompts[0].row}
         asked = columns.pop("prompt")
         texts = [reply_text(self.tokenizer, *pair) for pair in zip(prompts[share], replies[share])]
         with about("the columns of the prompts, none of which may have the name of what a reward gets besides"):
@@ -1149,14 +1159,14 @@ class Task:
                     part[i, : len(x)] = x
             scores += weight * all_sum(part).nan_to_num()
             part = part.sum(1)
-            heard += part.isfinite().sum()
+            heard += bool(weight) * part.isfinite().sum()
             name = f"rewards/{name}"
             said[f"{name}_{len(said)}" if name in said else name] = part
         if not heard or not scores.isfinite().all():
             raise ValueError("expected a reward that is not None for some reply, and finite --reward-weights")
         return scores, said
 
-    def score(self, prompts: list[Prompt], replies: list[list[int]]):  # -> [B, T], metrics
+    def score(self, prompts: list, replies: list):  # -> [B, T], metrics
         """What `ppo` asks for: scores, and the mean of all that is said."""
         scores, said = self.judge(prompts, replies)
         return scores, {name: float(x.nanmean()) for name, x in said.items() if x.isfinite().any()}
@@ -1181,7 +1191,7 @@ def load(auto_class: str, name: str):
         return model
 
 
-def most_tokens(model: nn.Module):
+def most_tokens(model):
     """Tokens that the model has positions for."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
@@ -1276,7 +1286,7 @@ MAY_CHANGE = "num_updates save_every eval_every micro_batch_size gradient_checkp
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # whole tensors, in process 0
 
 
-def save_policy(task: Task, weights: dict, folder: Path):
+def save_policy(task: Task, weights, folder: Path):
     """Write the policy of the actor's weights as a folder of transformers, and return its own."""
     own = {name[3:]: x for name, x in weights.items() if name.startswith("lm.")}
     task.actor.lm.save_pretrained(folder, state_dict=own)
@@ -1290,17 +1300,16 @@ def save(task: Task):
     if world()[0] > 0:
         return
     folder, file = task.run / "unfinished", task.run / "unfinished.pt"
-    with about(f"cannot write into {task.run}"):
-        shutil.rmtree(folder, ignore_errors=True)
-        save_policy(task, weights, folder)
-        logs = {name: (task.run / name).stat().st_size for name in LOGS}
-        torch.save({"progress": vars(task.progress), "logs": logs, "actor": weights, "optimizer": moments}, file)
-        shutil.rmtree(task.run / "policy", ignore_errors=True)
-        folder.rename(task.run / "policy")
-        file.replace(task.run / "checkpoint.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    save_policy(task, weights, folder)
+    logs = {name: (task.run / name).stat().st_size for name in LOGS}
+    torch.save({"progress": vars(task.progress), "logs": logs, "actor": weights, "optimizer": moments}, file)
+    shutil.rmtree(task.run / "policy", ignore_errors=True)
+    folder.rename(task.run / "policy")
+    file.replace(task.run / "checkpoint.pt")
 
 
-def fingerprint(cfg: Config, model: nn.Module, prompts):
+def fingerprint(cfg: Config, model, prompts):
     """What must be the same on a resume, besides the settings: another model must not become the reference unseen."""
     tensors = (x.cpu().flatten().view(torch.uint8).numpy() for x in model.state_dict().values())
     weights = [hashlib.sha256(x).digest() for x in tensors]
@@ -1367,7 +1376,8 @@ def rehearse(task: Task):
     cfg, actor = task.cfg, task.actor
     optimizer = torch.optim.AdamW(actor.parameters(), 0.0)  # while they are shards: a forward makes them whole
     by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
-    prompts = [by_length[0], *by_length[-1:] * min(cfg.micro_batch_size, cfg.batch_size)] * world()[1]
+    longest = by_length[-1:] * min(cfg.micro_batch_size, cfg.batch_size)
+    prompts = [prompt for prompt in [by_length[0], *longest] * world()[1] for _ in range(cfg.samples_per_prompt)]
     rollout = sample_replies(actor, prompts, [], cfg)
     fill_logprobs_and_values(actor, task.ref, rollout, cfg)
     task.judge(prompts, rollout.replies())

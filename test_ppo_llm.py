@@ -893,7 +893,7 @@ def dialogues(actor, prompts, cfg):
 
     torch.manual_seed(0)
     cfg = dataclasses.replace(cfg, response_length=2, micro_batch_size=1000, temperature=100.0)
-    rollout = converse(answer, 3, actor, 1500 * prompts, [STOP], cfg)
+    rollout = converse(answer, 4, actor, 1500 * prompts, [STOP], cfg)
     distinct = {
         (str(prompt), str(reply), str(said.mask)): i
         for i, (prompt, reply, said) in enumerate(each_reply(rollout))
@@ -2275,6 +2275,12 @@ def test_a_reward_may_give_a_number_for_each_token(tmp_path):
         "rewards/whole": 2.0,
         "rewards/each": pytest.approx(10.75 / 3),
     }
+    task.rewards = [(lambda **columns: dict(enumerate([0.0] * 4)), 1.0)]
+    with pytest.raises(TypeError):
+        task.judge(prompts, replies)
+    task.rewards = [(lambda **columns: [None] * 4, 1.0), (lambda **columns: [1.0] * 4, 0.0)]
+    with pytest.raises(ValueError, match="expected a reward that is not None"):
+        task.judge(prompts, replies)
     for wrong in (math.nan, None, "x", [1.0]):
         task.rewards = [(lambda **columns: [0.0, 0.0, [0.0, wrong, 1.0], 0.0], 1.0)]
         with pytest.raises(Exception) as refusal:
@@ -2299,7 +2305,8 @@ def test_a_number_at_the_last_token_is_a_number_for_the_reply(tmp_path):
 @given(text=st.text(st.sampled_from("ab é€😀\n"), min_size=1, max_size=12), data=st.data())
 def test_a_span_of_the_text_is_paid_at_the_token_that_completes_it(text, data):
     """By tokens of a byte, so that a character is up to four of them, with and without a space that is lost where a
-    reply is decoded alone."""
+    reply is decoded alone. A span that ends behind the text goes to the last token. Another text is refused, and an end
+    outside it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -2314,10 +2321,29 @@ def test_a_span_of_the_text_is_paid_at_the_token_that_completes_it(text, data):
     expected += [0.0] * (len(ids) - len(expected))
     text = tokenizer.decode(ids)
     assert P.token_scores(tokenizer, text, ids, ends) == expected
-    assert (
-        P.token_scores(tokenizer, " " + text, ids, {end + 1: score for end, score in ends.items()})
-        == expected
-    )
+    shifted = {end + 1: score for end, score in ends.items()}
+    assert P.token_scores(tokenizer, " " + text, ids, shifted) == expected
+    behind = P.token_scores(tokenizer, text, ids, {len(text) + 1: 2.0})
+    assert behind == [0.0] * (len(ids) - 1) + [2.0]
+    for wrong, end in ((text, 0), (text, len(text) + 2), (text + "x", 1), ([{"content": text}], 1)):
+        with pytest.raises((ValueError, AttributeError)):
+            P.token_scores(tokenizer, wrong, ids, {end: 1.0})
+
+
+def test_a_reward_gets_all_replies_to_a_prompt_together(tmp_path):
+    """In the rehearsal and in training. A column that the held-out prompts lack is None there."""
+    levels = []
+
+    def reward(prompts, level, **columns):
+        levels.extend(level)
+        groups = [prompts[i : i + 4] for i in range(0, len(prompts), 4)]
+        assert None in level or all(len(group) == 4 and len({*group}) == 1 for group in groups)
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": x, "level": 1.0} for x in ("a", "bb", "ccc")]
+    cfg = quick(tmp_path, samples_per_prompt=4)
+    P.train(cfg, rows, reward, model_of(), letters(), [{"prompt": "ab"}])
+    assert {*levels} == {1.0, None}
 
 
 class Judge:
@@ -3020,7 +3046,9 @@ def test_readme_commands_and_code_run(tmp_path, monkeypatch):
             chat_template=CHAT,
         )
     for name in set(re.findall(r"--(?:eval-)?prompts ([\w.]+)", README)):
-        text = '{"prompt": "it is", "answer": "7", "lines": ["a"]}\n' if name.endswith("l") else "the film was\n"
+        text = (
+            '{"prompt": "it is", "answer": "7", "lines": ["a"]}\n' if name.endswith("l") else "the film was\n"
+        )
         (tmp_path / name).write_text(20 * text)
     blocks = re.findall(r"```python\n(?:# (\w+\.py)[^\n]*\n)?(.*?)```", README, re.S)
     for file, code in blocks:
@@ -3044,16 +3072,27 @@ def test_readme_commands_and_code_run(tmp_path, monkeypatch):
 
 def test_published_numbers_are_those_of_the_rows():
     """Tables and sentences of the README and the pages under runs/reference, computed again."""
-    done = subprocess.run([sys.executable, "runs/reference/audit.py"], cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "runs/reference/audit.py"], cwd=HERE, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- the recipes
 
 RECIPES = {  # what each prints; what must hold of the numbers in that
-    "tools.py": (r"right ([\d.]+), calls ([\d.]+)", lambda x: x[-1][0] > 0.6 > 0.4 > x[0][0] and x[-1][1] > 0.7),
-    "dense.py": (r"first ([\d.]+), mean ([\d.]+), last ([\d.]+)", lambda x: x[1][1] > x[0][1] > x[0][0] + 0.2),
-    "grpo.py": (r"score ([\d.]+) to ([\d.]+), KL ([\d.]+)", lambda x: min(x[0][1], x[1][1]) > 0.7 and x[0][2] < x[1][2]),
+    "tools.py": (
+        r"right ([\d.]+), calls ([\d.]+)",
+        lambda x: x[-1][0] > 0.6 > 0.4 > x[0][0] and x[-1][1] > 0.7,
+    ),
+    "dense.py": (
+        r"first ([\d.]+), mean ([\d.]+), last ([\d.]+)",
+        lambda x: x[1][1] > x[0][1] > x[0][0] + 0.2,
+    ),
+    "grpo.py": (
+        r"score ([\d.]+) to ([\d.]+), KL ([\d.]+)",
+        lambda x: min(x[0][1], x[1][1]) > 0.7 and x[0][2] < x[1][2],
+    ),
     "q_critic.py": (r"score ([\d.]+)", lambda x: x[-1][0] > 0.7 > 0.5 > x[0][0]),
     "lora.py x": (r"score ([\d.]+)", lambda x: x[-1][0] > x[0][0] + 0.2),
     "engine.py": (
@@ -3127,7 +3166,9 @@ def test_a_stale_engine_is_corrected(kind):
     P.fill_logprobs_and_values(older, None, stale, cfg)
     rollout.sampler_logprobs = stale.logprobs
     rollout.advantages *= stale.logprobs.sum(1, keepdim=True).exp()
-    got, plain = (gradients(loss(actor, whole(rollout), cfg)[0], actor.lm) for loss in (corrected_loss, P.ppo_loss))
+    got, plain = (
+        gradients(loss(actor, whole(rollout), cfg)[0], actor.lm) for loss in (corrected_loss, P.ppo_loss)
+    )
     surrogate = 0.0
     for prompt, reply, said in each_reply(rollout):
         ratio = (alone(actor.lm, prompt, reply) - said.sampler_logprobs).exp()

@@ -3,8 +3,8 @@
     python runs/reference/recipes/dense.py      # half a minute: one task, paid at the end of a reply and at each token
 
 What changes: `score` returns [B, T] in place of [B], with the number of the t-th token of a reply in column t. It costs
-nothing. Use it where a part of a reply can be judged alone. The sum over a reply is what is maximised either way, so do
-not pay more in all than before. Watch `val/explained_variance`: with it credit has less noise, if the critic fits.
+nothing. The same sum is maximised either way, if each number is settled by its token: not if it depends on later ones,
+on the length of a reply, say. Watch `val/explained_variance`: if the critic fits, credit has less noise.
 """
 import copy
 import sys
@@ -20,10 +20,10 @@ T = 48  # the longest reply
 
 
 def at_each_token(prompts, replies):
-    """The share of tokens that 4 divides, each token's part at it."""
+    """The tokens that 4 divides, as a share of T, each token's part at it."""
     scores = torch.zeros(len(replies), T)
     for row, reply in zip(scores, replies):
-        row[: len(reply)] = torch.tensor([(token % 4 == 0) / len(reply) for token in reply])
+        row[: len(reply)] = torch.tensor([(token % 4 == 0) / T for token in reply])
     return scores, {}
 
 

@@ -2,9 +2,9 @@
 
     python runs/reference/recipes/engine.py      # half a minute: with the newest weights, and with those of two updates ago
 
-What changes: `sample` asks the engine and keeps its log π; `loss` weights each token by how much likelier it is to the
-trainer, at most CAP times (truncated importance sampling): the ratio is then to the policy that sampled. Needed where
-the engine's weights are old or it computes otherwise. Watch `policy/sampler_gap`: 0.1 nats are more than rounding.
+What changes: `sample` asks the engine and keeps the log π by which it sampled; `loss` weights each token by how much
+likelier it is to the trainer, at most CAP times (truncated importance sampling). Needed where the engine's weights are
+old or it computes otherwise; clip, KL and returns stay as they are. Watch `policy/sampler_gap`: 0.1 is not rounding.
 """
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, ".")
-from ppo_llm import Actor, PPOConfig, Progress, Prompt, Rollout, left_pad, ppo, ppo_loss, response_mask, seed_everything
+from ppo_llm import Actor, PPOConfig, Progress, Prompt, Rollout, left_pad, logprobs_from_logits, ppo, ppo_loss, response_mask
 
 CAP = 2.0
 
@@ -27,13 +27,13 @@ class Engine:
         self.sent.append(copy.deepcopy(actor.lm.state_dict()))
         self.model.load_state_dict(self.sent.pop(0))  # here the weights are sent to the engine; oldest first, if it lags
         queries, query_mask = left_pad([prompt.ids for prompt in prompts])
+        inputs = {"input_ids": queries, "attention_mask": query_mask.long()}
         how = dict(do_sample=True, top_k=0, temperature=cfg.temperature, max_new_tokens=cfg.response_length)
-        how |= dict(eos_token_id=stop_ids or None, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
-        out = self.model.generate(queries, attention_mask=query_mask.long(), **how)
-        responses = out.sequences[:, queries.shape[1] :]
-        logprobs = (torch.stack(out.logits, 1) / cfg.temperature).log_softmax(-1)
+        how |= dict(eos_token_id=stop_ids or None, pad_token_id=0, output_scores=True, return_dict_in_generate=True)
+        out = self.model.generate(**{name: x.to(self.model.device) for name, x in inputs.items()}, **how)
+        responses = out.sequences[:, queries.shape[1] :].cpu()
+        logprobs = logprobs_from_logits(torch.stack(out.scores, 1).cpu(), responses)  # scores: after all that is set
         present = response_mask(responses, stop_ids)
-        logprobs = logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
         return Rollout(queries, query_mask, responses, present, present, logprobs)
 
 
@@ -48,7 +48,7 @@ def score(prompts, replies):
 
 if __name__ == "__main__":
     for age in (0, 2):
-        seed_everything(0)
+        torch.manual_seed(0)
         size = dict(vocab_size=32, n_layer=2, n_embd=64, n_head=4)
         model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **size))
         actor, ref, engine = Actor(model), Actor(copy.deepcopy(model)).requires_grad_(False), Engine(model, age)

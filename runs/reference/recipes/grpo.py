@@ -3,8 +3,9 @@
     python runs/reference/recipes/grpo.py      # half a minute: beside the default, at equal replies
 
 What changes: `score` takes the group's mean away (and, as an option, divides by its deviation, as DeepSeekMath does,
-arXiv 2402.03300); `loss` has no value loss, and the KL in it, by k3; V stays 0. It costs several replies to each
-prompt, and all tokens of a reply get the same credit. Watch `objective/kl`: k3's gradient is not that of the KL.
+arXiv 2402.03300); `loss` has the KL in it, by k3, and in place of the advantages the returns: with β 0, γ and λ 1 they
+are these scores, whatever V is. It costs several replies to each prompt, and all tokens of a reply get the same credit.
+Its mean is over tokens, as in DAPO. Watch `objective/kl`: k3's gradient is not that of the KL.
 """
 import copy
 import dataclasses
@@ -14,7 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, ".")
-from ppo_llm import Actor, PPOConfig, Progress, Prompt, kl_estimate, masked_mean, policy_loss, ppo, seed_everything
+from ppo_llm import Actor, PPOConfig, Progress, Prompt, kl_estimate, masked_mean, policy_loss, ppo
 
 GROUP, BETA = 8, 0.02
 
@@ -34,14 +35,15 @@ def in_groups(prompts, replies, divide=True):
 
 def grpo_loss(actor, batch, cfg):
     new_logprobs, _, _ = actor(batch, cfg.temperature, with_entropy=False)
-    loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, batch.mask, cfg.cliprange)
+    old, clip = (batch.logprobs, batch.returns, batch.mask), (cfg.cliprange, cfg.cliprange_high)
+    loss, stats = policy_loss(new_logprobs, *old, *clip)
     kl = masked_mean(kl_estimate(new_logprobs, batch.ref_logprobs, "k3"), batch.mask)
     return loss + BETA * kl, stats | {"loss/kl": kl}
 
 
 def train(cfg, score, **options):
     """The metrics of each update."""
-    seed_everything(0)
+    torch.manual_seed(0)
     size = dict(vocab_size=32, n_layer=2, n_embd=64, n_head=4)
     model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **size))
     actor, ref = Actor(model), Actor(copy.deepcopy(model)).requires_grad_(False)
@@ -53,7 +55,7 @@ def train(cfg, score, **options):
 
 if __name__ == "__main__":
     cfg = PPOConfig(num_updates=20, batch_size=64, response_length=32, kl_coef=BETA)
-    groups = dataclasses.replace(cfg, samples_per_prompt=GROUP, kl_coef=0.0, vf_coef=0.0, whiten_advantages=False)
+    groups = dataclasses.replace(cfg, samples_per_prompt=GROUP, kl_coef=0.0)
     for name, updates in (("PPO", train(cfg, early)), ("GRPO", train(groups, in_groups, loss=grpo_loss))):
         first, last = updates[0], updates[-1]
         print(f"{name}: score {first['score']:.2f} to {last['score']:.2f}, KL {last['objective/kl']:.1f}")

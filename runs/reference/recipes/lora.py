@@ -5,7 +5,7 @@
 
 What changes: the base may be bfloat16, as only what is trained must be float32; `ref` is a function, and no second
 model is in memory; the policy is saved by peft. SmolLM2-135M then trains in 1.1 GB in place of 3.5 (16 replies of 16
-tokens, 4 at a time). Adapters start at 0 and need a larger rate. Watch `grad_norm`: 0 if nothing is trained.
+tokens, 4 at a time). Adapters start at 0 and need a larger rate. Watch `policy/approxkl`: 0 if nothing is trained.
 """
 import sys
 

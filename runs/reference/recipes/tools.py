@@ -23,7 +23,7 @@ PLUS, IS, CALL, END = 19, 20, 21, 22  # token ids; those from 0 to 18 are number
 
 def converse(answer, longest, actor, prompts, stop_ids, cfg):
     """answer(reply): what the policy reads after its turn, a list of token ids. An empty one ends the dialogue, and so
-    does a turn after which it has `longest` tokens."""
+    does one that would make it longer than `longest`; a last turn may come on top of that."""
     dialogues = [[] for _ in prompts]  # of each token: id, whether the policy wrote it, its log π
     going = list(range(len(prompts)))
     while going:
@@ -31,9 +31,10 @@ def converse(answer, longest, actor, prompts, stop_ids, cfg):
         rollout = sample_replies(actor, so_far, stop_ids, cfg)
         for i, reply, logprobs in zip([*going], rollout.replies(), rollout.sampler_logprobs.tolist()):
             dialogues[i] += zip(reply, [True] * len(reply), logprobs)
-            told = answer(reply) if len(dialogues[i]) < longest else []
-            dialogues[i] += [(token, False, 0.0) for token in told]
-            if not told:
+            told = answer(reply)
+            if told and len(dialogues[i]) + len(told) <= longest:
+                dialogues[i] += [(token, False, 0.0) for token in told]
+            else:
                 going.remove(i)
     columns = zip(*[zip(*dialogue) for dialogue in dialogues])
     responses, mask, logprobs = (pad_sequence([torch.tensor(x) for x in column], True) for column in columns)
@@ -48,7 +49,9 @@ def calculator(reply):
 
 
 def score(prompts, replies):
-    right = [float(reply[-2:] == [prompt.ids[0] + prompt.ids[2], END]) for prompt, reply in zip(prompts, replies)]
+    """1 if the policy's last turn, after the call and its answer, is the sum."""
+    turns = [reply[reply.index(CALL) + 2 :] if CALL in reply else reply for reply in replies]
+    right = [float(turn == [prompt.ids[0] + prompt.ids[2], END]) for prompt, turn in zip(prompts, turns)]
     return torch.tensor(right), {"calls": sum(CALL in reply for reply in replies) / len(replies)}
 
 
