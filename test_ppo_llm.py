@@ -2746,8 +2746,8 @@ def test_killed_at_random_moments_a_run_ends_as_if_never_disturbed(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- a device that is not the CPU
-# Its tensors say "far:0", hold real numbers and compute on the CPU. A tensor of the CPU among them is an error, as it is
-# on a GPU, and what makes the host wait for the device is counted by the function that asked.
+# Its tensors say "far:0", hold real numbers and compute on the CPU. A tensor of the CPU among them is an error, as on a
+# GPU, and what makes the host wait for the device is counted by the function that asked.
 
 WAITS = Counter()
 

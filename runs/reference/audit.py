@@ -162,15 +162,16 @@ def sentences():
     now, before = demos("a6d1191"), demos("0574b0b")
     yield README, (
         f"Over fifteen seeds, 1 to 5 and 100 to 109, the held-out score rises from {pm(now['score_before'])} to "
-        f"{pm(now['score'])} at a KL of {fmean(now['kl']):.1f} nats and a fluency of {pm(now['fluency'], 3)} (the file before "
-        f"its redesign, on the same seeds: {pm(before['score'])}, {fmean(before['kl']):.1f}, {pm(before['fluency'], 3)})."
+        f"{pm(now['score'])} at a KL of {fmean(now['kl']):.1f} nats and a fluency of {pm(now['fluency'], 3)} (the file "
+        f"before its redesign, on the same seeds: {pm(before['score'])}, {fmean(before['kl']):.1f}, "
+        f"{pm(before['fluency'], 3)})."
     )
     others = [run for name in ("details", "baselines") for run in runs(name, "f0e94a8", "demo", "defaults")]
     broken = [run["fluency"] for run in others if run["fluency"] < 0.85]
     assert len(broken) == 1
     yield README, (
-        f"Of {len(others)} other seeds, one ended in broken sentences, at a fluency of {broken[0]:.2f}; before the redesign "
-        "one of five did by rounding alone."  # micro_batch_size=8 of bugs.csv, seed 34
+        f"Of {len(others)} other seeds, one ended in broken sentences, at a fluency of {broken[0]:.2f}; before the "
+        "redesign one of five did by rounding alone."  # micro_batch_size=8 of bugs.csv, seed 34
     )
     for line in (HERE / "demo" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -180,10 +181,11 @@ def sentences():
             yield README, f"Held-out, update {row['update']}: {', '.join(means)}"
 
 
-    yield README, f"- One epoch in place of four loses {losses('1 epoch')} of a run on three small tasks (ten seeds each)."
+    one = losses("1 epoch")
+    yield README, f"- One epoch in place of four loses {one} of a run on three small tasks (ten seeds each)."
     yield README, (
-        f"- λ = 0.95 in place of 1 loses {losses('lam=0.95')}, 0.5 loses {losses('lam=0.5')}: replies there have 48 tokens "
-        "at most."
+        f"- λ = 0.95 in place of 1 loses {losses('lam=0.95')}, 0.5 loses {losses('lam=0.5')}: replies there have 48 "
+        "tokens at most."
     )
     yield README, f"- Without the clip the end is {losses('policy clip off', 'score').replace('%', '')}% lower."
     kind = runs("smollm2", "f0e94a8", "smollm2", "defaults")

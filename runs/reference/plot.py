@@ -209,11 +209,12 @@ def draw_critic(path: Path) -> Figure:
         line[0].set_ylabel(name)
         if name == "J":
             figure.legend(*line[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    figure.supxlabel("tokens of a reply; held-out replies after 1,920 trained on; bars: standard errors over seeds", fontsize=10)
+    label = "tokens of a reply; held-out replies after 1,920 trained on; bars: standard errors over seeds"
+    figure.supxlabel(label, fontsize=10)
     return figure
 
 
-STUDIES = {"critic.csv": draw_critic, "details.csv": draw_details, "penalty.csv": draw_penalty, "smollm2.csv": draw_seeds}
+STUDIES = {"critic": draw_critic, "details": draw_details, "penalty": draw_penalty, "smollm2": draw_seeds}
 
 
 def main() -> None:
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or the CSV of a study")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: curves.svg in the first RUN")
     args = parser.parse_args()
-    study = STUDIES.get(args.runs[0].name)
+    study = STUDIES.get(args.runs[0].stem) if args.runs[0].suffix == ".csv" else None
     output = args.output or (args.runs[0].with_suffix(".svg") if study else args.runs[0] / "curves.svg")
     matplotlib.rcParams.update(STYLE)
     figure = study(args.runs[0]) if study else draw([read_run(run) for run in args.runs])

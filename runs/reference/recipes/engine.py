@@ -1,6 +1,6 @@
 """Another sampler: a serving engine writes the replies, here `transformers.generate` in place of vLLM or SGLang.
 
-    python runs/reference/recipes/engine.py      # half a minute: with the newest weights, and with those of two updates ago
+    python runs/reference/recipes/engine.py      # half a minute: with the newest weights, and older ones
 
 What changes: `sample` asks the engine and keeps the log π by which it sampled; `loss` weights each token by how much
 likelier it is to the trainer, at most CAP times (truncated importance sampling). Needed where the engine's weights are
@@ -14,7 +14,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, ".")
-from ppo_llm import Actor, PPOConfig, Progress, Prompt, Rollout, left_pad, logprobs_from_logits, ppo, ppo_loss, response_mask
+import ppo_llm as P
+from ppo_llm import Actor, PPOConfig, Progress, Prompt, Rollout, ppo
 
 CAP = 2.0
 
@@ -25,21 +26,21 @@ class Engine:
 
     def sample(self, actor, prompts, stop_ids, cfg):
         self.sent.append(copy.deepcopy(actor.lm.state_dict()))
-        self.model.load_state_dict(self.sent.pop(0))  # here the weights are sent to the engine; oldest first, if it lags
-        queries, query_mask = left_pad([prompt.ids for prompt in prompts])
+        self.model.load_state_dict(self.sent.pop(0))  # here weights are sent to the engine, old ones if it lags
+        queries, query_mask = P.left_pad([prompt.ids for prompt in prompts])
         inputs = {"input_ids": queries, "attention_mask": query_mask.long()}
         how = dict(do_sample=True, top_k=0, temperature=cfg.temperature, max_new_tokens=cfg.response_length)
         how |= dict(eos_token_id=stop_ids or None, pad_token_id=0, output_scores=True, return_dict_in_generate=True)
         out = self.model.generate(**{name: x.to(self.model.device) for name, x in inputs.items()}, **how)
         responses = out.sequences[:, queries.shape[1] :].cpu()
-        logprobs = logprobs_from_logits(torch.stack(out.scores, 1).cpu(), responses)  # scores: after all that is set
-        present = response_mask(responses, stop_ids)
+        logprobs = P.logprobs_from_logits(torch.stack(out.scores, 1).cpu(), responses)  # scores: after all that is set
+        present = P.response_mask(responses, stop_ids)
         return Rollout(queries, query_mask, responses, present, present, logprobs)
 
 
 def corrected_loss(actor, batch, cfg):
     weights = (batch.logprobs - batch.sampler_logprobs).exp().clamp(max=CAP)
-    return ppo_loss(actor, dataclasses.replace(batch, advantages=weights * batch.advantages), cfg)
+    return P.ppo_loss(actor, dataclasses.replace(batch, advantages=weights * batch.advantages), cfg)
 
 
 def score(prompts, replies):

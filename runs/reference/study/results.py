@@ -155,7 +155,8 @@ def compare(results: dict) -> None:
         for _, line in sorted(lines, key=lambda pair: -pair[0]):
             print(line)
         gains = sum(fmean(found[task, change][what]) > 0 for task, change, what in certain)
-        print(f"\n\\* More than chance (Holm, 5% for all): {len(certain)} of {len(ps)} differences, {gains} of them gains.")
+        print("\n\\* More than chance (Holm, 5% for all): ", end="")
+        print(f"{len(certain)} of {len(ps)} differences, {gains} of them gains.")
     for task in names:
         runs = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
         means = {what: mean_and_error([run[what] for run in runs]) for what in ("before", "score", "kl", "J", "mean")}
@@ -175,7 +176,7 @@ def replies_to_goal(run: dict, goal: float, batch: int = 64) -> int:
 
 
 def levels(results: dict) -> None:
-    """Markdown: each task and change, held-out replies at the end, and how many replies the goal took, if there is one."""
+    """Markdown: each task and change, held-out replies at the end, and how many replies a goal took, if there is one."""
     has_goal = any(task.split("-")[0] in GOALS for task, _, _ in results)
     columns = ["task", "change", "runs", "score", "KL", "J", "J over the run"]
     columns += ["replies to the goal", "never", "explained variance"] if has_goal else ["fluency 0.85 or more"]
@@ -247,7 +248,7 @@ def show(name: str) -> None:
         elif name == "trl":  # beside ours on the seeds on which its learning rate was not chosen
             ours = read([*read_rows(FOLDER / "baselines.csv").values()][-1])
             both = ours | read(rows)
-            levels({key: run for key, run in sorted(both.items(), key=lambda pair: pair[0][1]) if key[2] in range(55, 60)})
+            levels({key: both[key] for key in sorted(both, key=lambda key: key[1]) if key[2] in range(55, 60)})
             print("\nThe seeds on which the rate was chosen:\n")
             levels({key: run for key, run in read(rows).items() if key[2] in range(50, 55)})
         else:

@@ -5,8 +5,8 @@ sums: chat prompts and a column with the answer. A small Llama has read sums of 
       is 1 for a right one. So the reward can be verified.
 ends: a GPT-2 of random weights writes 48 tokens. The first and the last of them count, the others are noise, and the
       score comes at the end: sparse, and half of the credit belongs far back.
-early-T, end-T, every-T: the same GPT-2 writes T tokens. A token counts if it is t0, t4, t8 ...: the first alone, or each
-      by its share, paid at the end or at once. Two tasks alike but for where the score comes.
+early-T, end-T, every-T: the same GPT-2 writes T tokens. A token counts if it is t0, t4, t8 ...: the first alone, or
+      each by its share, paid at the end or at once. Two tasks alike but for where the score comes.
 smollm2: a real language model, from a folder that ../smollm2/smollm2.py makes. The score is the sentiment of the text.
 
     python runs/reference/study/tasks.py sums FOLDER --seed 20
