@@ -4,8 +4,8 @@
 
 What changes: `score` takes the group's mean away (and, as an option, divides by its deviation, as DeepSeekMath does,
 arXiv 2402.03300); `loss` has the KL in it, by k3, and in place of the advantages the returns: with β 0, γ and λ 1 they
-are these scores, whatever V is. It costs several replies to each prompt, and all tokens of a reply get the same credit.
-Its mean is over tokens, as in DAPO. Watch `objective/kl`: k3's gradient is not that of the KL.
+are these scores, whatever V is. It costs several replies to each prompt, and all tokens of a reply get one credit. The
+mean is over tokens, as in DAPO. Watch `objective/kl`: k3's gradient is not that of the KL.
 """
 import copy
 import dataclasses

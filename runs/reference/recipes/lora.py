@@ -41,7 +41,8 @@ if __name__ == "__main__":
     folder = sys.argv[1]
     seed_everything(0)
     size = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    LlamaForCausalLM(LlamaConfig(vocab_size=32, eos_token_id=None, initializer_range=0.1, **size)).save_pretrained(f"{folder}/base")
+    config = LlamaConfig(vocab_size=32, eos_token_id=None, initializer_range=0.1, **size)
+    LlamaForCausalLM(config).save_pretrained(f"{folder}/base")
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.bfloat16)
     model, actor = adapted(base)
     optimizer = torch.optim.AdamW([p for p in actor.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)

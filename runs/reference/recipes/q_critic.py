@@ -2,9 +2,9 @@
 
     python runs/reference/recipes/q_critic.py      # a quarter of a minute: one early token of 32 counts
 
-What changes: `QActor`. The return after a token teaches Q(s, a) of that token alone, and V(s) changes with π at once. It
-costs a head with a row for each token of the vocabulary. `cliprange_value` must be None: the clip is around
-V. Watch `val/explained_variance` beside that of `Actor`.
+What changes: `QActor`. The return after a token teaches Q(s, a) of that token alone, and V(s) changes with π at once.
+It costs a head with a row for each token of the vocabulary. `cliprange_value` must be None: the clip is around V.
+Watch `val/explained_variance` beside that of `Actor`.
 """
 import copy
 import sys

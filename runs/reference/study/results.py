@@ -176,7 +176,7 @@ def replies_to_goal(run: dict, goal: float, batch: int = 64) -> int:
 
 
 def levels(results: dict) -> None:
-    """Markdown: each task and change, held-out replies at the end, and how many replies a goal took, if there is one."""
+    """Markdown: each task and change, held-out replies at the end, and how many replies a goal took, if any."""
     has_goal = any(task.split("-")[0] in GOALS for task, _, _ in results)
     columns = ["task", "change", "runs", "score", "KL", "J", "J over the run"]
     columns += ["replies to the goal", "never", "explained variance"] if has_goal else ["fluency 0.85 or more"]
