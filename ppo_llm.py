@@ -967,7 +967,7 @@ def load_prompts(path):
         return rows
 
 
-def encode(tokenizer, rows: list, vocabulary: int, room: int):
+def encode(tokenizer, rows, vocabulary, room):
     """Tokenize prompts: texts, or chat messages, by the tokenizer's template. Those that are too long are dropped.
 
     The columns `tools` and `chat_template_kwargs` of a chat go to the template, as in TRL. Every row gets the columns
@@ -1376,7 +1376,7 @@ def rehearse(task: Task):
     cfg, actor = task.cfg, task.actor
     optimizer = torch.optim.AdamW(actor.parameters(), 0.0)  # while they are shards: a forward makes them whole
     by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
-    longest = by_length[-1:] * min(cfg.micro_batch_size, cfg.batch_size)
+    longest = by_length[-1:] * math.ceil(min(cfg.micro_batch_size, cfg.batch_size) / cfg.samples_per_prompt)
     prompts = [prompt for prompt in [by_length[0], *longest] * world()[1] for _ in range(cfg.samples_per_prompt)]
     rollout = sample_replies(actor, prompts, [], cfg)
     fill_logprobs_and_values(actor, task.ref, rollout, cfg)

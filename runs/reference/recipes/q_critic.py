@@ -1,6 +1,6 @@
 """An action-value critic: it says of every next token a what it is worth, Q(s, a). The baseline is Σ_a π(a|s)·Q(s, a).
 
-    python runs/reference/recipes/q_critic.py      # a quarter of a minute: one early token of 32 counts
+    python runs/reference/recipes/q_critic.py      # a quarter of a minute: one early token of 24 counts
 
 What changes: `QActor`. The return after a token teaches Q(s, a) of that token alone, and V(s) changes with π at once.
 It costs a head with a row for each token of the vocabulary. `cliprange_value` must be None: the clip is around V.
