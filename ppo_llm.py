@@ -1016,7 +1016,7 @@ def load_reward(spec):
         return getattr(module, name)
 
 
-def load_reward_model(name: str, device: torch.device, cfg: Config):
+def load_reward_model(name, device: torch.device, cfg: Config):
     """A sequence classifier as a reward function: the logit of its label, or of --reward-label if it has several.
 
     It reads prompt and reply together, by its own tokenizer and chat template; of texts too long for it, the end. A
