@@ -70,6 +70,12 @@ def mean_and_error(xs: list[float]) -> tuple[float, float]:
     return fmean(xs), stdev(xs) / math.sqrt(len(xs)) if len(xs) > 1 else math.nan
 
 
+def said(xs: list[float], digits: int) -> str:
+    """The mean of several seeds with its standard error."""
+    mean, error = mean_and_error(xs)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
 def chance(t: float, df: int) -> float:
     """Two-sided p of Student's t: 1 less the integral of its density from -t to t, by Simpson's rule."""
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
@@ -160,8 +166,8 @@ def compare(results: dict) -> None:
     for task in names:
         runs = [run for (t, c, _), run in results.items() if (t, c) == (task, "defaults")]
         means = {what: mean_and_error([run[what] for run in runs]) for what in ("before", "score", "kl", "J", "mean")}
-        said = ["{} {:.2f} ± {:.2f}".format(what, *both) for what, both in means.items()]
-        print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(said)}")
+        words = ["{} {:.2f} ± {:.2f}".format(what, *both) for what, both in means.items()]
+        print(f"\n{task}, defaults, {len(runs)} seeds: {', '.join(words)}")
 
 
 def reached(run: dict, goal: float) -> list[int]:
@@ -187,12 +193,11 @@ def levels(results: dict) -> None:
             runs = [run for (t, c, _), run in results.items() if (t, c) == (task, change)]
             cells = [task, change, str(len(runs))]
             for what, digits in (("score", 2), ("kl", 1), ("J", 2)):
-                value, error = mean_and_error([run[what] for run in runs])
-                cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")
-            cells.append("{:.2f} ± {:.2f}".format(*mean_and_error([fmean(run["path"]) for run in runs])))
+                cells.append(said([run[what] for run in runs], digits))
+            cells.append(said([fmean(run["path"]) for run in runs], 2))
             if has_goal:
                 goal = GOALS[task.split("-")[0]]
-                cells.append("{:.0f} ± {:.0f}".format(*mean_and_error([replies_to_goal(run, goal) for run in runs])))
+                cells.append(said([replies_to_goal(run, goal) for run in runs], 0))
                 cells.append(str(sum(not reached(run, goal) for run in runs)))
                 cells.append(f"{fmean(fmean(run['explained'][4:]) for run in runs):.2f}")
             else:
