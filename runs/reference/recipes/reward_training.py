@@ -52,7 +52,7 @@ if __name__ == "__main__":
     model, reward = sys.argv[1] + "/run", sys.argv[1] + "/reward"
     lm, tokenizer, prompts, held_out, measured = demo_task(1)
     fit(lm, tokenizer, preferences(lm, tokenizer, prompts), reward)
-    own = dict(num_updates=12, kl_coef=0.05, missing_eos_penalty=0.0, reward_weights=(0.0, 0.0, 1.0))
+    own = dict(num_updates=9, kl_coef=0.05, missing_eos_penalty=0.0, reward_weights=(0.0, 0.0, 1.0))
     cfg = dataclasses.replace(DEMO, output_dir=model, reward_model=(reward,), **own)
     for line in open(train(cfg, prompts, measured, lm, tokenizer, held_out) / "metrics.jsonl"):
         row = json.loads(line)
