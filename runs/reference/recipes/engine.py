@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, ".")
 import ppo_llm as P
-from ppo_llm import Actor, PPOConfig, Progress, Prompt, Rollout, ppo
 
 CAP = 2.0
 
@@ -35,7 +34,7 @@ class Engine:
         responses = out.sequences[:, queries.shape[1] :].cpu()
         logprobs = P.logprobs_from_logits(torch.stack(out.scores, 1).cpu(), responses)  # scores: after all that is set
         present = P.response_mask(responses, stop_ids)
-        return Rollout(queries, query_mask, responses, present, present, logprobs)
+        return P.Rollout(queries, query_mask, responses, present, present, logprobs)
 
 
 def corrected_loss(actor, batch, cfg):
@@ -52,10 +51,10 @@ if __name__ == "__main__":
         torch.manual_seed(0)
         size = dict(vocab_size=32, n_layer=2, n_embd=64, n_head=4)
         model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **size))
-        actor, ref, engine = Actor(model), Actor(copy.deepcopy(model)).requires_grad_(False), Engine(model, age)
+        actor, ref, engine = P.Actor(model), P.Actor(copy.deepcopy(model)).requires_grad_(False), Engine(model, age)
         optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3, weight_decay=0.0)
-        prompts = [Prompt(torch.randint(32, (8,)).tolist()) for _ in range(512)]
-        cfg = PPOConfig(num_updates=12, batch_size=64, response_length=24, kl_coef=0.01)
-        updates = ppo(actor, ref, optimizer, prompts, score, [], cfg, Progress(0.01), engine.sample, corrected_loss)
+        prompts = [P.Prompt(torch.randint(32, (8,)).tolist()) for _ in range(512)]
+        cfg = P.PPOConfig(num_updates=12, batch_size=64, response_length=24, kl_coef=0.01)
+        updates = P.ppo(actor, ref, optimizer, prompts, score, [], cfg, P.Progress(0.01), engine.sample, corrected_loss)
         for metrics, _ in updates:
             print("score {objective/scores:.2f}, gap {policy/sampler_gap:.1e}".format_map(metrics))

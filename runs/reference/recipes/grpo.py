@@ -42,7 +42,6 @@ def grpo_loss(actor, batch, cfg):
 
 
 def train(cfg, score, **options):
-    """The metrics of each update."""
     torch.manual_seed(0)
     size = dict(vocab_size=32, n_layer=2, n_embd=64, n_head=4)
     model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **size))
