@@ -95,10 +95,10 @@ CRITIC_RATES = {
 # Of these, by the mean J over the run, the best for: early, end, every.
 BEST = {
     "critic": (1, 3, 3),
-    "separate critic": (3, 3, 1),
+    "separate critic": (3, 10, 1),
     "critic, lam=0.95": (1, 1, 3),
-    "no critic": (3, 3, 3),
-    "group mean": (3, 3, None),
+    "no critic": (3, 10, 10),
+    "group mean": (3, 10, None),
 }
 CRITIC = {name: CRITICS[name] | dict(learning_rate=times) for name, times in BEST.items()}
 SEPARATE = dict(critic="separate")
