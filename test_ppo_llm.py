@@ -3120,6 +3120,19 @@ def test_a_recipe_learns(recipe, tmp_path):
     assert holds(numbers), done.stdout
 
 
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_on_a_cpu():
+    """What can be tried of it here: on a GPU each line is a figure."""
+    words = [sys.executable, "runs/reference/bench/gpu.py", "--tiny"]
+    done = subprocess.run(words, cwd=HERE, env=ENV, capture_output=True, text=True)
+    rows = {row["what"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in ("124M", "1.5B"):
+        assert rows[f"both {kind}"]["same_tokens"] == 1
+        assert rows[f"bfloat16 {kind}"]["gradient_cosine_to_float32"] > 0.99
+    assert rows["demo bfloat16"]["updates"] == 3
+
+
 def test_the_reference_of_lora_is_the_base_and_all_that_is_saved_is_the_policy(tmp_path):
     """With adapters that are not 0 any more: the reference says what the bare base says, which has not moved and may be
     bfloat16. peft loads the adapters, and merged into the base they are the policy."""

@@ -90,7 +90,7 @@ CRITICS = {
 CRITIC_RATES = {
     f"{name}, rate x {times}": change | dict(learning_rate=times)
     for name, change in CRITICS.items()
-    for times in (0.33, 1, 3, 10)
+    for times in (0.33, 1, 3, 10, 30)
 }
 # Of these, by the mean J over the run, the best for: early, end, every.
 BEST = {
