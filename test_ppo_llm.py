@@ -3133,6 +3133,19 @@ def test_the_script_for_a_gpu_runs_on_a_cpu():
     assert rows["demo bfloat16"]["updates"] == 3
 
 
+@pytest.mark.slow
+def test_memory_is_counted_without_a_gpu():
+    """Policy and reference are twice the parameters, gradients and Adam's moments three times, in float32."""
+    code = "import memory; memory.SHAPE |= dict(num_hidden_layers=2); memory.measure(1, True)"
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, cwd=HERE / "runs/reference/bench", env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights, trained, passing, peak = map(float, done.stdout.split("|")[3:7])
+    assert abs(weights - 2 * 4 * 0.3269) < 0.05 and abs(trained - 1.5 * weights) < 0.1
+    logits = 3 * 448 * 151936 * 4 / 1e9
+    assert logits < passing < logits + 2 and abs(weights + trained + passing - peak) < 0.2
+
+
 def test_the_reference_of_lora_is_the_base_and_all_that_is_saved_is_the_policy(tmp_path):
     """With adapters that are not 0 any more: the reference says what the bare base says, which has not moved and may be
     bfloat16. peft loads the adapters, and merged into the base they are the policy."""
