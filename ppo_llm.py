@@ -1199,7 +1199,7 @@ def most_tokens(model):
 def pick_device(cfg: Config):
     """Where to compute, and the type of matrix products."""
     # A cache that grows leaves blocks behind that fit nothing else: 18 times the memory that is in use.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with about(f"--device {cfg.device}"):
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(best if cfg.device == "auto" else cfg.device)

@@ -85,7 +85,7 @@ CRITICS = {
     "separate critic": dict(critic="separate"),
     "critic, lam=0.95": dict(lam=0.95),
     "no critic": NO_CRITIC,
-    "group mean": NO_CRITIC | EIGHT | dict(center=True),  # of scores for a whole reply
+    "group mean": NO_CRITIC | EIGHT | dict(center=True),
 }
 CRITIC_RATES = {
     f"{name}, rate x {times}": change | dict(learning_rate=times)
@@ -157,8 +157,6 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed, name in itertools.product(args.seeds or seeds, args.tasks or names):
         missing = [change for change in args.changes or changes if (name, change, seed) not in tasks.done(path)]
-        if name.startswith("every"):  # there is no mean of a group for each token
-            missing = [change for change in missing if not changes[change].get("center")]
         if not missing:
             continue
         task = tasks.TASKS[name](seed)

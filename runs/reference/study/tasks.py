@@ -27,10 +27,8 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -190,14 +188,14 @@ TASKS = SMALL | LONG | {"smollm2": smollm2}
 
 
 def centered(reward):
-    """The reward less its mean over the replies to the same prompt."""
+    """The reward less its mean over the replies to the same prompt; where each token is paid, place by place."""
 
-    def center(prompts, completions, **columns) -> list[float]:
-        scores = reward(prompts=prompts, completions=completions, **columns)
-        groups = defaultdict(list)
-        for prompt, score in zip(prompts, scores):
-            groups[str(prompt)].append(score)
-        return [score - fmean(groups[str(prompt)]) for prompt, score in zip(prompts, scores)]
+    def center(prompts, **columns) -> list:
+        scores = torch.tensor(reward(prompts=prompts, **columns), dtype=torch.float64)  # [B] or [B, T]
+        for prompt in {*map(str, prompts)}:
+            rows = [i for i, other in enumerate(prompts) if str(other) == prompt]
+            scores[rows] -= scores[rows].mean(0)
+        return scores.tolist()
 
     return center
 
