@@ -17,9 +17,9 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
   1. Generate: the policy writes a reply to each of B prompts (`sample_replies`). A `Rollout` holds the replies and all
      that is computed for them.
   2. Score: a function of yours gives each reply a number, or one for each of its tokens.
-  3. Log-probabilities and values: a forward pass of the policy gives both for every token of the replies, but for the
-     values of a critic of its own. A frozen copy of the first policy, the reference, gives its own log-probabilities
-     (`fill_logprobs_and_values`).
+  3. Log-probabilities and values: a forward pass of the policy gives both for every token of the replies; a critic
+     that is a model of its own takes a second pass. A frozen copy of the first policy, the reference, gives its own
+     log-probabilities (`fill_logprobs_and_values`).
   4. Advantages: the reward of a token is its score less β·KL. A return is the sum of the rewards from a token on, a
      value V is what the critic predicts of it, an advantage is how much better it went than predicted. With
      γ = λ = 1, the defaults, an advantage is the return less V, before it is scaled (`compute_advantages`).
@@ -265,7 +265,7 @@ class PPOConfig:
     samples_per_prompt: Count = 1  # replies to each prompt of an update
     response_length: Count = 64  # longest reply, in tokens, T
     temperature: Positive = 1.0  # of the policy, in sampling and in every log-probability
-    seed: int = 1  # of everything: on the same machine the same seed gives the same run
+    seed: int = 1  # of everything: on the same CPU the same seed gives the same run
 
     # KL penalty (Ziegler et al. 2019).
     kl_coef: NotNegative = 0.05  # β, weight of the KL to the first policy, score units per nat
@@ -276,14 +276,14 @@ class PPOConfig:
     # Advantages.
     gamma: Share = 1.0  # γ, discount per token
     lam: Share = 1.0  # λ of GAE: 0 trusts the critic, 1 the rewards that came
-    whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the whole batch
+    whiten_advantages: bool = True  # advantages to mean 0, variance 1 over the batch, not only in the critic's unit
 
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
     num_mini_batches: Count = 4  # optimizer steps per pass
     micro_batch_size: Count = 16  # replies computed at a time; logits, log π, gradient: 3 × b × T × V × 4 bytes
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up, towards 0
-    warmup_updates: Whole = 0  # updates of linear learning-rate warm-up
+    warmup_updates: Whole = 0  # updates of linear learning-rate warm-up, of which the critic's own count too
     max_grad_norm: Positive = 1.0  # gradient clipping
     cliprange: Positive = 0.2  # ε of the ratio
     cliprange_high: Positive | None = None  # upper ε (clip-higher, DAPO); None: the same ε
@@ -323,6 +323,7 @@ class Rollout:
     values: Tensor = None  # [B, T] V_old of the state before each token; `compute_advantages` moves all by one number
     ref_logprobs: Tensor = None  # [B, T] log π_ref of each token, NaN if there is no reference
     rewards: Tensor = None  # [B, T] score less β·KL
+    sampled_returns: Tensor = None  # [B, T] the discounted sum of the rewards from each token on
     advantages: Tensor = None  # [B, T]
     returns: Tensor = None  # [B, T] what the critic should have predicted
 
@@ -330,7 +331,7 @@ class Rollout:
         """The tokens of each reply, without padding."""
         return [response[present].tolist() for response, present in zip(self.responses, self.present)]
 
-    def select(self, index: Tensor, device="cpu") -> Rollout:
+    def select(self, index: Tensor, device="cpu"):
         """The replies `index` on the device, trimmed to the longest prompt and the longest reply among them."""
         P, T = (int(mask[index].sum(1).max()) for mask in (self.query_mask, self.present))
         fields = {}
@@ -352,7 +353,7 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_sum(x: Tensor):
+def all_sum(x):
     """x, added up over the processes in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -377,10 +378,10 @@ def micro_batches(
 
 
 class Head(nn.Linear):
-    """The model's own head with products in float32: near -100 bfloat16 numbers are 0.5 apart, and that error would be
-    in every log ratio."""
+    """The model's own head with products in float32 (TF32, if torch is told so): near -100 bfloat16 numbers are 0.5
+    apart, and that error would be in every log ratio."""
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, states):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states.to(dtype), *(x.to(dtype) for x in self.parameters()))  # weight, and bias if any
@@ -391,7 +392,7 @@ class Actor(nn.Module):
     reference is an Actor too, whose critic nobody asks.
 
     lm: the model, which is trained in place, and whose output head is replaced by a `Head` with the same weights;
-    adapters of peft may sit on its layers.
+    adapters of peft may sit on its layers, not on the head.
     dtype: of matrix products but the head's (autocast). Weights that are trained must be float32 or wider, or
     ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
@@ -405,7 +406,7 @@ class Actor(nn.Module):
     ):
         super().__init__()
         self.dtype = dtype
-        self.lm = lm.eval()  # no dropout: with it the first ratio would not be 1
+        self.lm = lm.eval()  # no dropout: the first ratio would not be 1. Ends transformers' own checkpointing, too
         self.critic = None if critic is None else critic.base_model.eval()
         for name, weight in self.named_parameters():
             if weight.requires_grad and weight.dtype.itemsize < 4:
@@ -422,7 +423,7 @@ class Actor(nn.Module):
         self.register_buffer("spread", torch.zeros((), device=lm.device, dtype=self.real))
 
     @property
-    def unit(self) -> Tensor:  # []
+    def unit(self):  # []
         """What the value head's outputs are multiplied with: the largest spread of returns so far, or 1 before that."""
         return self.spread.where(self.spread > 0, 1.0)
 
@@ -434,7 +435,8 @@ class Actor(nn.Module):
         After PopArt, arXiv 1809.04474. Errors of the critic are then about 1 at most, with mean 0, whatever the scores
         are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the
         weights that critic and policy share. Once known, the unit never shrinks: a policy that has learned gives almost
-        equal returns, and a small change of them must not become a huge error.
+        equal returns, and a small change of them must not become a huge error. So an outlier widens it for good: clip
+        rewards that may have some.
         """
         before = float(self.unit)
         self.spread.clamp_(min=spread)
@@ -446,7 +448,7 @@ class Actor(nn.Module):
     def autocast(self):
         return torch.autocast(self.lm.device.type, self.dtype, self.dtype != torch.float32)
 
-    def run(self, model: nn.Module, ids: Tensor, attention: Tensor, **options):
+    def run(self, model, ids, attention, **options):
         """The model's own output. ids [b, L]; attention [b, cached + L], False on padding."""
         attention = attention.long()
         positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift them
@@ -487,7 +489,7 @@ class Actor(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def left_pad(sequences: list):  # -> [B, P], [B, P]
+def left_pad(sequences):  # -> [B, P], [B, P]
     """Lists of token ids, padded on the left, and their mask. Any token may pad: the mask marks the padding."""
     P = max(map(len, sequences))
     padded = torch.tensor([[-1] * (P - len(ids)) + ids for ids in sequences])
@@ -519,7 +521,7 @@ def sample_replies(
     all_sum(responses)
     all_sum(logprobs)
     present = response_mask(responses, stop_ids)
-    return Rollout(queries, query_mask, responses, present, present, logprobs)
+    return Rollout(queries, query_mask, responses, present, present.clone(), logprobs)
 
 
 @torch.no_grad()  # not inference_mode: there autocast would round the weights again for every token
@@ -540,7 +542,7 @@ def decode(
     ids, attention, uniform = queries.to(device), query_mask.to(device), uniform.to(device, wide)
     stop = ids.new_tensor(stop_ids)
     tokens, logprobs, cache = [], [], None
-    with actor.autocast():  # keeps the rounded weights until it ends
+    with actor.autocast():  # keeps the rounded weights, of those that are trained, until it ends
         for t in range(uniform.shape[1]):
             output = actor.run(actor.lm, ids, attention, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1] / temperature  # [b, V]
@@ -589,14 +591,12 @@ def compute_advantages(
     mask = rollout.mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
     rollout.rewards = token_rewards(scores, kl, mask, kl_coef)
-    # The sums of rewards from each token on, discounted, without the critic: advantages with λ = 1 and V = 0.
-    sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
-    rounding = 16 * torch.finfo(kl.dtype).eps * sampled_returns.abs().max()  # what differs by less is equal
-    spread = float(sampled_returns[mask].std(correction=0))
-    if not spread >= rounding:  # nor is it known where there is no trained token
-        spread = 0.0
-    shift = float(masked_mean(sampled_returns - rollout.values, mask))
-    actor.fit_returns(spread, shift)
+    # With λ = 1 and V = 0 an advantage is the sum of the rewards from its token on.
+    rollout.sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
+    rounding = 16 * torch.finfo(kl.dtype).eps * rollout.sampled_returns.abs().max()  # what differs by less is equal
+    spread = rollout.sampled_returns[mask].std(correction=0)  # NaN where there is no trained token
+    shift = masked_mean(rollout.sampled_returns - rollout.values, mask)
+    actor.fit_returns(float(spread) if spread >= rounding else 0.0, float(shift))
     rollout.values += shift  # what the actor says from now on
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
     advantages[advantages.abs() < rounding] = 0  # else whitening would blow them up
@@ -644,6 +644,7 @@ def ppo_update(
     for _ in range(cfg.num_ppo_epochs):
         for minibatch in torch.randperm(B).chunk(cfg.num_mini_batches):
             optimizer.zero_grad()
+            actor.zero_grad()  # what the optimizer has not must not add up
             tokens = max(1, int(rollout.mask[minibatch].sum()))
             sums = defaultdict(float)
             for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
@@ -700,9 +701,9 @@ def ppo(
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own first rate times the schedule.
     score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats on the
-    CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the rollout; metrics are
-    floats by name, to be logged. Where there are several processes, all must get the same. stop_ids: the tokens that
-    end a reply.
+    CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the rollout, by default
+    cfg.response_length; metrics are floats by name, to be logged. Where there are several processes, all must get the
+    same. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     During an update it still counts those before it, 0 in the first: what you pass may read it, for a coefficient that
     changes.
@@ -715,7 +716,7 @@ def ppo(
     FloatingPointError for a policy that diverges. Ranges of settings are checked in Part II.
     """
     check_batch(cfg)
-    if ref is None and (cfg.kl_coef > 0 or cfg.kl_target is not None):
+    if ref is None and (progress.kl_coef > 0 or cfg.kl_target is not None):
         raise ValueError("ref is None: expected a reference, or kl_coef 0 and no kl_target")
     for update in range(progress.update + 1, cfg.num_updates + 1):
         seed_everything(cfg.seed, update)
@@ -797,7 +798,7 @@ def schedule(update: int, cfg: PPOConfig):
     return min(1.0, update / (cfg.warmup_updates + 1)) * decay[cfg.lr_scheduler_type]
 
 
-def draw_prompts(prompts: list, update: int, cfg: PPOConfig):
+def draw_prompts(prompts, update, cfg: PPOConfig):
     """The prompts of an update, each samples_per_prompt times, from a stream: pass after pass, each in a new order."""
     count = cfg.batch_size // cfg.samples_per_prompt
     epoch, first = divmod((update - 1) * count, len(prompts))
@@ -816,11 +817,11 @@ def reply_kl(rollout: Rollout):  # -> [B]
 def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
-    What is not known is left out: the KL if there is no reference, the explained variance if all returns are equal.
-    With λ < 1 the returns that it is of hold V themselves, so it flatters the critic.
+    What is not known is left out: the KL if there is no reference, the explained variance if all returns are equal. It
+    is of the sampled returns, also where λ < 1: those that the critic is trained on then hold V themselves.
     """
     mask = rollout.mask
-    returns = rollout.returns[mask]  # [N], N trained tokens
+    returns = rollout.sampled_returns[mask].double()  # [N], N trained tokens; in float32 equal ones have a variance
     residual = returns - rollout.values[mask]
     metrics = {
         "objective/scores": scores.mean(),

@@ -782,6 +782,8 @@ def test_replies_end_with_the_first_stop_token(stop_ids):
         lengths |= {len(reply)}
     assert lengths == ({1, 2, 3, 4, 5} if stop_ids else {5})
     assert torch.equal(rollout.mask, rollout.present)
+    rollout.mask[:] = False  # who takes tokens out of it in place takes none out of the replies
+    assert rollout.present.any(1).all()
 
 
 def test_sampling_follows_the_policy():
@@ -860,7 +862,7 @@ def test_metrics_are_means_over_the_trained_tokens(seed, holes):
         kl += [float((said.logprobs - said.ref_logprobs)[said.mask].sum())]
         gaps += (said.logprobs - said.sampler_logprobs)[said.mask].abs().tolist()
         values += said.values[said.mask].tolist()
-        returns += said.returns[said.mask].tolist()
+        returns += said.sampled_returns[said.mask].tolist()
         rewards += [float(said.rewards[said.mask].sum())]
     residual = real(returns) - real(values)
     expected = {
@@ -1050,6 +1052,10 @@ def test_with_learning_rate_0_nothing_moves(kind, holes):
         ppo_steps(actor, rollout, settings_of(num_mini_batches=1, num_ppo_epochs=n)) for n in (2, 1)
     )
     assert metrics["grad_norm"] == pytest.approx(once["grad_norm"])  # nothing is left of the step before
+    part = torch.optim.SGD(actor.lm.parameters(), lr=0.0)  # nor of what the optimizer has not
+    metrics = P.ppo_update(actor, part, rollout, settings_of(num_mini_batches=1, num_ppo_epochs=2))
+    assert metrics["grad_norm"] == pytest.approx(once["grad_norm"])
+    metrics = ppo_steps(actor, rollout, settings_of(num_mini_batches=1))
     assert metrics["loss/policy"] == pytest.approx(
         -float(rollout.advantages[rollout.mask].mean()), abs=EXACT[kind]
     )
@@ -1351,6 +1357,9 @@ def test_rounding_is_no_spread():
         rollout.values = scores.unsqueeze(1) + miss * torch.randn(rollout.mask.shape)
         P.compute_advantages(actor, rollout, scores, 0.0, cfg)
         assert rollout.advantages.any() == any_advantage
+    rollout.values = torch.randn(rollout.mask.shape)  # A + V is 0.7 up to rounding alone, and has a variance
+    P.compute_advantages(actor, rollout, torch.full((8,), 0.7), 0.0, cfg)
+    assert "val/explained_variance" not in P.rollout_metrics(rollout, scores)
 
 
 def test_an_outlier_widens_the_unit_for_good_and_moves_no_v():
@@ -2881,7 +2890,7 @@ WAITS_AN_UPDATE = {
     "decode: copied to the device": 4,
     "decode: _local_scalar_dense": 2,  # whether all have stopped: every fourth token
     "sample_replies: _to_copy": 2,
-    "select: copied to the device": 6 * 4 + 13 * 8,  # each field of the rollout that is filled by then
+    "select: copied to the device": 6 * 4 + 14 * 8,  # each field of the rollout that is filled by then
     "fill_logprobs_and_values: _to_copy": 4,
     "fit_returns: _local_scalar_dense": 2,
     "compute_advantages: _local_scalar_dense": 1,

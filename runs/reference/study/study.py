@@ -98,7 +98,7 @@ BEST = {
     "separate critic": (3, 10, 1),
     "critic, lam=0.95": (1, 1, 3),
     "no critic": (3, 10, 10),
-    "group mean": (3, 10, None),
+    "group mean": (3, 10, 10),
 }
 CRITIC = {name: CRITICS[name] | dict(learning_rate=times) for name, times in BEST.items()}
 SEPARATE = dict(critic="separate")
