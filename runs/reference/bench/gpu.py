@@ -5,12 +5,13 @@
     python runs/reference/bench/gpu.py --tiny                   # small shapes, on the CPU where there is no GPU
 
 Prints a line of JSON for each figure. What fails says so in its line and does not end the rest; the exit status is then
-1. It needs no tyro. Models have random weights: 124M is GPT-2's shape, 1.5B that of Qwen2-1.5B.
+1. Of what tyro brings it needs typeguard alone. Models have random weights: 124M is GPT-2's shape, 1.5B Qwen2-1.5B's.
 """
 import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -62,14 +63,16 @@ def part(name: str):
     except Exception as e:
         failed.append(name)
         say(f"{name}: FAILED", error=f"{type(e).__name__}: {e}"[:500], where=traceback.format_exc(limit=-3)[-600:])
+    gc.collect()  # layers that are checkpointed refer to themselves
     if GPU:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def seconds(f, repeats: int = 3) -> float:
-    """The median time of f, after a call that is not counted."""
+    """The median time of f, after a call that is not counted. The peak of memory is counted anew."""
     times = []
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(1 + repeats):
         start = time.perf_counter()
         f()
@@ -113,14 +116,30 @@ def difference(x, y) -> float:
 # Is it right?
 
 
-def correctness() -> None:
+@contextlib.contextmanager
+def exact_products():
+    """No TF32, which `pick_device` allows."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def correctness() -> None:
     for kind in ("gpt2", "llama", "qwen3"):
         for critic in ("shared", "separate"):
-            with part(f"float32 {kind} {critic}"):
+            with part(f"float32 {kind} {critic}"), exact_products():
                 against_the_cpu(kind, critic)
-    torch.set_float32_matmul_precision(precision)
+        with part(f"static_decode {kind}"), exact_products():
+            queries, mask = P.left_pad([prompt.ids for prompt in prompts_of(8, 9)])
+            arguments = P.Actor(model_of(kind)), queries, mask, torch.rand(8, 24, dtype=torch.float64), [], 1.0
+            (ids, logprobs), (same_ids, same_logprobs) = P.decode(*arguments), static_decode(*arguments)
+            same = float((ids == same_ids).float().mean())
+            say(f"static_decode {kind}", same_tokens=same, logprobs=difference(logprobs, same_logprobs))
+    with part("rotary angles"):
+        rotary()
     for kind in ("gpt2", "llama", "qwen3", "124M", "1.5B"):
         with part(f"bfloat16 {kind}"):
             in_bfloat16(kind)
@@ -176,17 +195,29 @@ def in_bfloat16(kind: str) -> None:
     [(metrics, _)] = P.ppo(*basics, sample=sample)
     batch = kept[0].select(torch.arange(8), DEVICE)
     gradients = []
-    for actor.dtype in (HALF, torch.float32):
+    for actor.dtype, products in ((HALF, contextlib.nullcontext), (torch.float32, exact_products)):
         actor.zero_grad()
-        P.ppo_loss(actor, batch, cfg)[0].backward()
+        with products():
+            P.ppo_loss(actor, batch, cfg)[0].backward()
         gradients.append(torch.cat([w.grad.flatten() for w in actor.lm.parameters() if w.grad is not None]))
     names = ("policy/sampler_gap", "policy/ratio", "policy/approxkl", "policy/clipfrac", "objective/kl")
     cosine = float(F.cosine_similarity(*gradients, dim=0))
     say(f"bfloat16 {kind}", **{name: metrics[name] for name in names}, gradient_cosine_to_float32=cosine, **memory())
 
 
+def rotary() -> None:
+    """Angles of positions up to 4096 must not be TF32 products; up to 5.18 transformers multiplied matrices for them."""
+    model = model_of("qwen3")
+    positions = torch.arange(4096, device=DEVICE).expand(2, -1)
+    x = torch.zeros(2, 1, 1, device=DEVICE)
+    as_in_a_run, _ = model.model.rotary_emb(x, positions)
+    with exact_products():
+        exact, _ = model.model.rotary_emb(x, positions)
+    say("rotary angles", cosines=difference(as_in_a_run, exact))
+
+
 def waits() -> None:
-    """The lines of an update that make the host wait for the GPU, counted by torch."""
+    """The lines of an update that make the host wait for the GPU, as far as torch notices."""
     if not GPU:
         return say("waits: no GPU")
     settings = dict(batch_size=16, response_length=16, num_mini_batches=2, num_ppo_epochs=1, micro_batch_size=4)
@@ -196,9 +227,12 @@ def waits() -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        list(P.ppo(*basics))
-        torch.cuda.set_sync_debug_mode("default")
-    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message))
+        try:
+            list(P.ppo(*basics))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    noted = [w for w in seen if "called a synchronizing" in str(w.message)]
+    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in noted)
     say("waits: 16 tokens, 4 + 4 micro-batches, 2 steps", lines=dict(lines.most_common(25)))
 
 
@@ -206,16 +240,19 @@ def waits() -> None:
 
 
 def peaks() -> tuple:
-    """Bytes per second of a copy, read and written, and FLOP/s of bfloat16 products."""
+    """Bytes per second of a copy, read and written, and FLOP/s of products in bfloat16 and, on a GPU, TF32."""
     x = torch.empty(2**20 if TINY_SHAPES else 2**30, device=DEVICE).normal_()
     y = torch.empty_like(x)
     copied = 8 * x.numel() / seconds(lambda: y.copy_(x), 5)
     size = 256 if TINY_SHAPES else 8192
-    a = torch.randn(size, size, device=DEVICE).to(HALF)
-    flops = 2 * size**3 / seconds(lambda: a @ a, 5)
+    flops = {}
+    for name, dtype in (("bfloat16", HALF), ("tf32", torch.float32)):
+        a = torch.randn(size, size, device=DEVICE).to(dtype)
+        flops[name] = 2 * size**3 / seconds(lambda: a @ a, 5)
     device = torch.cuda.get_device_name() if GPU else "cpu"
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    say("peaks", device=device, **versions, copy_TBs=copied / 1e12, bfloat16_TFLOPs=flops / 1e12)
+    rates = {f"{name}_TFLOPs": x / 1e12 for name, x in flops.items()}
+    say("peaks", device=device, **versions, copy_TBs=copied / 1e12, **rates)
     return copied, flops
 
 
@@ -231,7 +268,7 @@ def static_decode(actor, queries, query_mask, uniform, stop_ids, temperature):
     logprobs = torch.zeros(b, T, device=DEVICE)
     now = queries.new_zeros(1)  # the place of the token that comes next
     cache = transformers.StaticCache(config=actor.lm.config, max_cache_len=length + T)
-    update = cache.update  # GPT-2's keys are of another type under autocast than its values
+    update = cache.update  # Llama's and Qwen's keys are float32 under autocast, their values bfloat16
 
     def update_alike(keys, values, *rest, **more):
         return update(keys.to(values.dtype), values, *rest, **more)
@@ -240,8 +277,7 @@ def static_decode(actor, queries, query_mask, uniform, stop_ids, temperature):
 
     def sample(ids, attention, positions):
         options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-        with actor.autocast():
-            output = actor.lm(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
+        output = actor.lm(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
         logits = output.logits[:, -1] / temperature
         cumulative = logits.double().softmax(-1).cumsum(-1)
         ids = (cumulative <= uniform.index_select(1, now)).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
@@ -250,16 +286,16 @@ def static_decode(actor, queries, query_mask, uniform, stop_ids, temperature):
         now.add_(1)
         return ids
 
-    positions = (attention.long().cumsum(1) - 1).clamp(min=0)
-    ids = sample(queries, attention[:, :length].long(), positions[:, :length])
-    place = positions[:, length : length + 1].clone()
     whole = attention.long()
+    positions = (whole.cumsum(1) - 1).clamp(min=0)
+    place = positions[:, length : length + 1].clone()
 
     def step():
         ids.copy_(sample(ids, whole, place))
         place.add_(1)
 
-    with torch.autocast(DEVICE.type, actor.dtype, actor.dtype != torch.float32):  # keeps the rounded weights
+    with actor.autocast():  # keeps the rounded weights
+        ids = sample(queries, whole[:, :length], positions[:, :length])
         replay = step
         if GPU:
             side = torch.cuda.Stream()  # what is recorded must have run once before, on a stream of its own
@@ -281,89 +317,105 @@ def static_decode(actor, queries, query_mask, uniform, stop_ids, temperature):
 def rollout() -> None:
     copied, _ = peaks()
     for kind, b, length, T in (("124M", 128, 32, 96), ("1.5B", 64, 64, 64)):
-        if TINY_SHAPES:
-            b, length, T = 4, 8, 12
         with part(f"decode {kind}"):
-            model = model_of(kind)
-            actor = P.Actor(model, HALF).requires_grad_(False)
-            config = model.config
-            head = model.get_output_embeddings().weight.numel()
-            trunk = sum(weight.numel() for weight in model.parameters()) - head
-            kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-            kv_width = kv_heads * config.hidden_size // config.num_attention_heads
-            queries, mask = P.left_pad([prompt.ids for prompt in prompts_of(b, length)])
-            cached = 2 * 2 * config.num_hidden_layers * kv_width * b * (queries.shape[1] + T / 2)
-            bound = (2 * trunk + 4 * head + cached) / copied  # seconds a token, if all that must be read is read once
-            uniform = torch.rand(b, T, dtype=torch.float64)
-            written = {}
-            for name, f in (("decode", P.decode), ("static_decode", static_decode)):
-                with part(f"{name} {kind}"):
-                    written[name] = f(actor, queries, mask, uniform, [], 1.0)
-                    s = seconds(lambda: f(actor, queries, mask, uniform, [], 1.0)) / T
-                    rate = dict(ms_per_token=1e3 * s, bound_ms=1e3 * bound, share_of_bound=bound / s)
-                    say(f"{name} {kind}", b=b, T=T, **rate, tokens_per_s=b / s, **memory())
-            tokens, logprobs = zip(*written.values())
-            same = float((tokens[0] == tokens[1]).float().mean())
-            gap = difference(logprobs[0][:, :1], logprobs[1][:, :1])
-            say(f"both {kind}", same_tokens=same, first_token_logprob=gap)
-            profile(f"decode {kind}, a token", lambda: P.decode(actor, queries, mask, uniform[:, :8], [], 1.0), 8)
+            time_decoding(kind, *((4, 8, 12) if TINY_SHAPES else (b, length, T)), copied)
 
 
-def profile(name: str, f, times: int) -> None:
-    """Launches, and the kernels that take most of the time, each divided by `times`."""
+def time_decoding(kind: str, b: int, length: int, T: int, copied: float) -> None:
+    """A token's time is that of the second half of the tokens; what the first half takes more is fixed: the prompt,
+    rounding the weights, recording. The gap is to log-probabilities by the forward pass that trains."""
+    model = model_of(kind)
+    actor = P.Actor(model, HALF)  # with gradients switched on, as in a run: else autocast keeps no rounded weights
+    config = model.config
+    head = model.get_output_embeddings().weight.numel()
+    trunk = sum(weight.numel() for weight in model.parameters()) - head
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    kv_width = kv_heads * config.hidden_size // config.num_attention_heads
+    queries, query_mask = P.left_pad([prompt.ids for prompt in prompts_of(b, length)])
+    cached = 2 * 2 * config.num_hidden_layers * kv_width * b * (queries.shape[1] + 3 * T / 4)
+    bound = (2 * trunk + 4 * head + cached) / copied  # seconds a token, if all that must be read is read once
+    model_and_prompts, uniform = (actor, queries, query_mask), torch.rand(b, T, dtype=torch.float64)
+    for name, decode in (("decode", P.decode), ("static_decode", static_decode)):
+        with part(f"{name} {kind}"):
+            half, whole = (seconds(lambda: decode(*model_and_prompts, uniform[:, :t], [], 1.0)) for t in (T // 2, T))
+            s = (whole - half) / (T - T // 2)
+            rate = dict(ms_per_token=1e3 * s, bound_ms=1e3 * bound, share_of_bound=bound / s, tokens_per_s=b / s)
+            used = memory()
+            tokens, said = decode(*model_and_prompts, uniform, [], 1.0)
+            full = torch.ones(b, T, dtype=torch.bool)
+            batch = P.Rollout(queries, query_mask, tokens.cpu(), full, full, said.cpu()).select(torch.arange(b), DEVICE)
+            with torch.no_grad():
+                gap = (actor(batch, 1.0, with_entropy=False)[0] - said).abs().mean()
+            fixed = half - s * (T // 2)
+            say(f"{name} {kind}", b=b, T=T, **rate, fixed_s=fixed, sampler_gap=float(gap), **used)
+    for t in (8, 40):
+        profile(f"decode {kind}, prompt and {t} tokens", lambda: P.decode(*model_and_prompts, uniform[:, :t], [], 1.0))
+
+
+def profile(name: str, f) -> None:
+    """Launches, the time that the GPU computes, and the kernels that take most of it."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     if not GPU:
         return
+    s = seconds(f)  # without the profiler, which slows the host
     with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        start = time.perf_counter()
         f()
         torch.cuda.synchronize()
-        s = time.perf_counter() - start
     rows = seen.key_averages()
     kernels = sorted((r for r in rows if "CUDA" in str(r.device_type)), key=lambda r: -r.self_device_time_total)
     busy = sum(r.self_device_time_total for r in kernels) / 1e6
-    launches = sum(r.count for r in rows if "LaunchKernel" in r.key) / times
-    top = {r.key[:60]: round(r.self_device_time_total / 1e3 / times, 3) for r in kernels[:8]}
-    say(f"profile of {name}", launches=launches, gpu_is_busy=busy / s, ms=1e3 * s / times, top_ms=top)
+    launches = sum(r.count for r in rows if "LaunchKernel" in r.key)
+    top = {r.key[:60]: round(r.self_device_time_total / 1e3, 3) for r in kernels[:8]}
+    say(f"profile of {name}", launches=launches, seconds=s, gpu_computes_s=busy, top_ms=top)
 
 
 def update() -> None:
     copied, flops = peaks()
     plans = [("124M", 32, 32, 96, False), ("1.5B", 16, 128, 448, True), ("1.5B", 16, 128, 448, False)]
     for kind, b, length, T, checkpointing in plans:
-        if TINY_SHAPES:
-            b, length, T = 4, 8, 12
         name = f"{kind}, {b} × {length + T}" + ", checkpointing" * checkpointing
         with part(f"update {name}"):
-            actor, ref = actors_of(kind, HALF, gradient_checkpointing=checkpointing)
-            ids = torch.randint(3, 200, (b, length + T), generator=torch.Generator().manual_seed(1))
-            full = torch.ones(b, length + T, dtype=torch.bool)
-            parts = ids[:, :length], full[:, :length], ids[:, length:], full[:, length:], full[:, length:]
-            rollout = P.Rollout(*parts, torch.zeros(b, T))
-            cfg = P.PPOConfig(batch_size=b, response_length=T, num_mini_batches=1, micro_batch_size=b)
-            P.fill_logprobs_and_values(actor, ref, rollout, cfg)
-            P.compute_advantages(actor, rollout, torch.randn(b), 0.05, cfg)
-            batch = rollout.select(torch.arange(b), DEVICE)
+            sizes = (4, 8, 12) if TINY_SHAPES else (b, length, T)
+            time_update(name, kind, *sizes, checkpointing, copied, flops)
 
-            def step():
-                P.ppo_loss(actor, batch, cfg)[0].backward()
 
-            config = actor.lm.config
-            head = actor.lm.get_output_embeddings().weight.numel()
-            trunk = sum(weight.numel() for weight in actor.lm.parameters()) - head
-            attention = 12 * config.num_hidden_layers * config.hidden_size * b * (length + T) ** 2 / 2
-            work = 6 * trunk * b * (length + T) + attention + 6 * head * b * T  # without what checkpointing repeats
-            s = seconds(step)
-            shares = dict(TFLOPs=work / s / 1e12, share_of_peak=work / s / flops)
-            say(f"loss and backward {name}", seconds=s, tokens_per_s=b * (length + T) / s, **shares, **memory())
-            profile(f"loss and backward {name}", step, 1)
-            optimizer = P.make_optimizer(P.Config(), actor)
-            s = seconds(optimizer.step)
-            parameters = sum(weight.numel() for weight in actor.parameters())
-            say(f"AdamW {name}", seconds=s, bound_seconds=28 * parameters / copied, **memory())  # reads 16, writes 12
-            del actor, ref, rollout, batch, optimizer, step
+def time_update(name: str, kind: str, b: int, length: int, T: int, checkpointing: bool, copied: float, flops: float):
+    """A micro-batch forward and backward with AdamW's moments in memory, a step of AdamW, and the forward pass before
+    an update, which computes entropies too."""
+    actor, ref = actors_of(kind, HALF, gradient_checkpointing=checkpointing)
+    ids = torch.randint(3, 200, (b, length + T), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(b, length + T, dtype=torch.bool)
+    mask[::2, 0] = False  # some prompts are padded, as in any rollout
+    parts = ids[:, :length], mask[:, :length], ids[:, length:], mask[:, length:], mask[:, length:]
+    rollout = P.Rollout(*parts, torch.zeros(b, T))
+    cfg = P.PPOConfig(batch_size=b, response_length=T, num_mini_batches=1, micro_batch_size=b)
+    P.fill_logprobs_and_values(actor, ref, rollout, cfg)
+    P.compute_advantages(actor, rollout, torch.randn(b), 0.05, cfg)
+    batch = rollout.select(torch.arange(b), DEVICE)
+    optimizer = P.make_optimizer(P.Config(), actor)
+
+    def step():
+        P.ppo_loss(actor, batch, cfg)[0].backward()
+
+    step()
+    s = seconds(optimizer.step)
+    parameters = sum(weight.numel() for weight in actor.parameters())
+    say(f"AdamW {name}", seconds=s, bound_seconds=28 * parameters / copied, **memory())  # reads 16, writes 12
+    config = actor.lm.config
+    head = actor.lm.get_output_embeddings().weight.numel()
+    trunk = sum(weight.numel() for weight in actor.lm.parameters()) - head
+    attention = 12 * config.num_hidden_layers * config.hidden_size * b * (length + T) ** 2 / 2
+    body, vocabulary = 6 * trunk * b * (length + T) + attention, 6 * head * b * T  # without what checkpointing repeats
+    ideal = body / flops["bfloat16"] + vocabulary / flops["tf32"]
+    s = seconds(step)
+    shares = dict(TFLOPs=(body + vocabulary) / s / 1e12, share_of_peak=ideal / s)
+    say(f"loss and backward {name}", seconds=s, tokens_per_s=b * (length + T) / s, **shares, **memory())
+    profile(f"loss and backward {name}", step)
+    optimizer.zero_grad()
+    s = seconds(lambda: P.fill_logprobs_and_values(actor, ref, rollout, cfg))
+    say(f"log-probabilities and values {name}", seconds=s, **memory())
 
 
 def demo() -> None:

@@ -3,11 +3,13 @@
     python runs/reference/bench/memory.py
 
 A model of Qwen2-1.5B's shape, prompts of 128 tokens, replies of 448, products in bfloat16: the second step of AdamW, of
-two micro-batches, when all that is ever held is there. What the allocator loses between tensors, and CUDA's own, come
-on top. Kernels are taken to keep what those of a CPU keep.
+two micro-batches, and then the forward pass before the next update, which computes entropies too. Not in it: the keys
+and values of sampling, what the allocator loses between tensors, and CUDA's own. Kernels are taken to keep what those
+of a CPU keep.
 """
 import itertools
 import multiprocessing
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -45,6 +47,7 @@ class Bytes(TorchDispatchMode):
 
 
 def measure(micro_batch: int, checkpointing: bool) -> None:
+    """Prints a row and ends the process: torch 2.13 crashes when it takes such tensors down."""
     with FakeTensorMode(allow_non_fake_inputs=True), Bytes() as count:
         lm = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
         lm.to = lm.float = lambda *_: lm  # it is there already, and such tensors cannot move
@@ -55,25 +58,34 @@ def measure(micro_batch: int, checkpointing: bool) -> None:
         ids = torch.randint(3, 200, (micro_batch, PROMPT + REPLY))
         full = torch.ones_like(ids, dtype=torch.bool)
         (queries, responses), (query_mask, mask) = (x.split([PROMPT, REPLY], 1) for x in (ids, full))
-        batch = P.Rollout(queries, query_mask, responses, mask, mask, *[torch.zeros(mask.shape)] * 8)
+        batch = P.Rollout(queries, query_mask, responses, mask, mask, *[torch.zeros(mask.shape)] * 9)
         for _ in range(2):
             optimizer.zero_grad()
             for _ in range(2):
                 P.ppo_loss(actor, batch, cfg)[0].backward()
             held = count.now
             optimizer.step()
-        sizes = " | ".join(f"{x / 1e9:.1f}" for x in (weights, held - weights, count.peak - held, count.peak))
-        print(f"| {micro_batch} | {'yes' if checkpointing else 'no'} | {sizes} |")
+        training = count.peak
+        optimizer.zero_grad()
+        count.peak = 0
+        with torch.no_grad():
+            actor(batch, 1.0)
+        sizes = (weights, held - weights, training - held, training, count.peak)
+        cells = [micro_batch, "yes" if checkpointing else "no", *(f"{x / 1e9:.1f}" for x in sizes)]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    os._exit(0)
 
 
 def main() -> None:
-    print("| micro-batch | checkpointing | weights, GB | gradients, Adam's moments | activations, logits | peak |")
-    print("|---|---|---|---|---|---|", flush=True)
+    columns = "micro-batch, checkpointing, weights, gradients and moments, activations and logits, in all, before"
+    print(f"| {' | '.join(columns.split(', '))} |\n|{'---|' * 7}", flush=True)
     spawn = multiprocessing.get_context("spawn")
-    for case in itertools.product((1, 4, 16), (False, True)):  # in processes of their own: torch crashes at the third
+    for case in itertools.product((1, 4, 16), (False, True)):
         process = spawn.Process(target=measure, args=case)
         process.start()
         process.join()
+        if process.exitcode:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":
