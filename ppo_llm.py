@@ -5,11 +5,11 @@
 # ///
 """PPO for language models, in one file to be read in a sitting.
 
-    python ppo_llm.py                                 # embedded demo: no download, no GPU, under a minute
+    python ppo_llm.py                                 # embedded demo: no download, no GPU, about a minute
     python ppo_llm.py --model gpt2 --prompts prompts.jsonl --reward rewards.py:ten_words     # on a GPU if there is one
     torchrun --nproc-per-node 8 ppo_llm.py --model ...                                   # on several
 
-Part I, up to the line "Part I ends here", is PPO, complete, and is to be copied whole. It needs torch and transformers,
+Part I, down to where Part II begins, is PPO, complete, and is to be copied whole. It needs torch and transformers,
 and knows nothing of files, flags or the terminal. Part II is the program around it.
 
 Start reading at `ppo`, near the end of Part I: it is the loop, and one update of it has six steps:
@@ -271,19 +271,19 @@ class PPOConfig:
     kl_coef: NotNegative = 0.05  # β, weight of the KL to the first policy, score units per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = d, k2 = d²/2, k3 = e^-d - 1 + d, d = log π - log π_ref
     kl_target: Positive | None = None  # KL, nats per reply, that an adaptive β aims at; None: β is fixed
-    kl_horizon: Positive = 10000.0  # episodes over which the adaptive β moves by about a fifth
+    kl_horizon: Positive = 10000.0  # replies over which the adaptive β moves by about a fifth
 
     # Advantages.
     gamma: Share = 1.0  # γ, discount per token
     lam: Share = 1.0  # λ of GAE: 0 trusts the critic, 1 the rewards that came
-    whiten_advantages: bool = True  # advantages to mean 0, variance 1 over the batch, not only in the critic's unit
+    whiten_advantages: bool = True  # scale advantages to mean 0, variance 1 over the batch; else to the critic's unit
 
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
     num_mini_batches: Count = 4  # optimizer steps per pass
-    micro_batch_size: Count = 16  # replies computed at a time; logits, log π, gradient: 3 × b × T × V × 4 bytes
+    micro_batch_size: Count = 16  # replies computed at a time, b; logits take 3 × b × T × V × 4 bytes, V the vocabulary
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up, towards 0
-    warmup_updates: Whole = 0  # updates of linear learning-rate warm-up, of which the critic's own count too
+    warmup_updates: Whole = 0  # updates of linear learning-rate warm-up, from the first on, critic's own or not
     max_grad_norm: Positive = 1.0  # gradient clipping
     cliprange: Positive = 0.2  # ε of the ratio
     cliprange_high: Positive | None = None  # upper ε (clip-higher, DAPO); None: the same ε
@@ -903,11 +903,11 @@ class TaskConfig:
     """What is trained, on which prompts, and for which rewards."""
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
     prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and columns; None: the demo's
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns) -> a number a reply, or a list
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns) -> a number or list a reply
     reward_model: tuple[str, ...] = ()  # name or folder of a sequence classifier for prompt and reply
     reward_label: str | None = None  # the label that scores, of reward models with several; None: they have one
     reward_weights: tuple[float, ...] = ()  # of each --reward, then --reward-model; 0 measures only; none: all 1
-    missing_eos_penalty: NotNegative = 0.0  # off the score of a reply that no stop token ends
+    missing_eos_penalty: NotNegative = 0.0  # subtracted from the score of a reply that no stop token ends
     eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
     stop_token: tuple[str, ...] = ()  # text of a token that ends a reply, beside the model's EOS
 
@@ -916,7 +916,7 @@ class TaskConfig:
 class RunConfig:
     """Optimizer and critic; where and how it runs."""
     learning_rate: Positive = 1e-5  # of AdamW, at its highest
-    critic_lr: Positive | None = None  # the same for what only the critic uses; None: the policy's
+    critic_lr: Positive | None = None  # that of the value head, and of a separate critic; None: the policy's
     critic: Literal["shared", "separate"] = "shared"  # a head on the policy's hidden states; separate: on a copy of it
     output_dir: str | None = None  # new folder of the run; None: runs/TIME-PROCESS
     save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C and on errors
@@ -1155,7 +1155,7 @@ class Task:
         for reward, weight in self.rewards:
             part = torch.zeros(scores.shape)
             name = getattr(reward, "__name__", type(reward).__name__)
-            with foreign(f"reward {name}, f(prompts, completions, **columns) -> a number or a list for each reply"):
+            with foreign(f"reward {name}, f(prompts, completions, **columns) -> for each reply a number or a list"):
                 for i, x in enumerate(ask(reward, columns), share.start):
                     part[i, : len(x)] = x
             scores += weight * all_sum(part).nan_to_num()
@@ -1566,7 +1566,7 @@ def run_task(task: Task):
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         if held_out and rows:
             means = [
-                f"{name.split('/')[-1]} {metrics[name]:.2f} ± {metrics[name + '_se']:.2f}"
+                f"{name.split('/')[-1]} {metrics[name]:z.2f} ± {metrics[name + '_se']:.2f}"
                 for name in metrics if name + "_se" in metrics
             ]
             bar.write(f"\nHeld-out, update {progress.update}: {', '.join(means)}")
@@ -1583,7 +1583,7 @@ def run_task(task: Task):
         try:
             for metrics, samples in updates:
                 log(metrics, samples, held_out=False)
-                shown = "score {objective/scores:.2f}, KL {objective/kl:.1f}, ended {reply/ended:.0%}"
+                shown = "score {objective/scores:.2f}, KL {objective/kl:z.1f}, ended {reply/ended:.0%}"
                 bar.set_postfix_str(shown.format_map(metrics), False)
                 bar.update()
                 if is_due(cfg.eval_every):
@@ -1631,7 +1631,7 @@ REVIEW = re.compile(f"{CLAUSE}( ({'|'.join(LINKS)}) {CLAUSE})* \\.")
 
 
 DEMO = Config(
-    num_updates=20,  # under a minute
+    num_updates=20,  # about a minute
     response_length=24,  # most reviews end before
     missing_eos_penalty=3.0,  # else a review without an end would earn more
     kl_coef=0.3,  # holds the policy to the grammar

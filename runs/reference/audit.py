@@ -9,6 +9,7 @@ with its numbers computed. It needs nothing but Python; tests run it.
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -154,6 +155,25 @@ def redesign() -> str:
     return "\n".join(lines)
 
 
+def sums() -> str:
+    """The runs of smollm2/sums.py: of a line, the seeds in turn, and the standard error of each number over sums."""
+    lines = ["| pairs | paid for | seeds | right, % | training | KL |", "|---|---|---|---|---|---|"]
+    for pairs, reward in itertools.product(("1-20", "2-59"), ("right", "digits")):
+        paths = sorted((HERE / "smollm2").glob(f"sums-{pairs}-{reward}-*"))
+        runs = [[*map(json.loads, (path / "metrics.jsonl").read_text().splitlines())] for path in paths]
+        if not runs:
+            continue
+        held_out = [[row for row in rows if "eval/score" in row] for rows in runs]
+        paths = [" → ".join(f"{100 * row['eval/rewards/right']:.0f}" for row in rows) for rows in held_out]
+        error = max(row["eval/rewards/right_se"] for rows in held_out for row in rows)
+        ends = [[row for row in rows if "policy/ratio" in row][-1] for rows in runs]
+        trained = [f"{100 * row['rewards/right']:.0f}" for row in ends]
+        kl = [f"{rows[-1]['eval/kl']:.1f}" for rows in held_out]
+        cells = [pairs, f"`{reward}`", str(len(runs)), f"{'; '.join(paths)} (± {100 * error:.0f})"]
+        lines.append(f"| {' | '.join([*cells, ', '.join(trained), ', '.join(kl)])} |")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------------- the sentences
 
 
@@ -177,7 +197,7 @@ def sentences():
         row = json.loads(line)
         if "eval/score" in row:
             names = ["score", "reply/ended", "rewards/sentiment", "rewards/fluency", "kl"]
-            means = (f"{n.split('/')[-1]} {row[f'eval/{n}']:.2f} ± {row[f'eval/{n}_se']:.2f}" for n in names)
+            means = (f"{n.split('/')[-1]} {row[f'eval/{n}']:z.2f} ± {row[f'eval/{n}_se']:.2f}" for n in names)
             yield README, f"Held-out, update {row['update']}: {', '.join(means)}"
 
 
@@ -200,7 +220,7 @@ def sentences():
 
 def main() -> int:
     wrong = []
-    made = {"even": even, "each": each, "units": units, "redesign": redesign}
+    made = {"even": even, "each": each, "units": units, "redesign": redesign, "sums": sums}
     for page in (INDEX, STUDY):
         text = page.read_text()
         parts = re.split(r"(<!-- rows: \S+ -->\n).*?(\n<!-- end -->)", text, flags=re.S)

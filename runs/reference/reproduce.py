@@ -25,9 +25,9 @@ RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "details": ("3 h", f"{TABLE} details && python plot.py study/details.csv", f"{STUDY} details"),
     "penalty": ("45 min", f"{TABLE} penalty && python plot.py study/penalty.csv", f"{STUDY} penalty"),
     "baselines": ("80 min", f"{TABLE} baselines", f"{STUDY} baselines"),
-    "trl": ("75 min", f"{TABLE} trl", f"{TRL} study/trl_tasks.py --times 0.33333 1 3"),
+    "trl": ("90 min", f"{TABLE} trl", f"{TRL} study/trl_tasks.py --times 0.33333 1 3"),
     "critic": ("7 h", f"{TABLE} critic && python plot.py study/critic.csv", f"{STUDY} critic"),
-    "critic-rates": ("1 h", f"{TABLE} critic-rates", f"{STUDY} critic-rates"),
+    "critic-rates": ("110 min", f"{TABLE} critic-rates", f"{STUDY} critic-rates"),
     "critic-fit": ("80 min", f"{TABLE} critic-fit", f"{STUDY} critic-fit"),
     "rates": ("30 min", f"{TABLE} rates", f"{STUDY} rates"),
     "smollm2": ("40 min", f"{TABLE} smollm2 && python plot.py study/smollm2.csv", f"{STUDY} smollm2"),
@@ -55,6 +55,8 @@ if args.name is None:
         print(f"{name:14} {takes:7} {show or '(it prints what it measures)'}\n{'':22} {measure}")
     sys.exit()
 _, show, measure = RESULTS[args.name]
+if not show and not args.measure:
+    sys.exit(f"{args.name}: no rows are kept, it prints what it measures: --measure")
 path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is the one that runs this
 for command in [measure] * args.measure + [show]:
     if subprocess.run(command, shell=True, cwd=Path(__file__).parent, env=os.environ | {"PATH": path}).returncode:

@@ -5,7 +5,10 @@
     python runs/reference/bench/gpu.py --tiny                   # small shapes, on the CPU where there is no GPU
 
 Prints a line of JSON for each figure. What fails says so in its line and does not end the rest; the exit status is then
-1. Of what tyro brings it needs typeguard alone. Models have random weights: 124M is GPT-2's shape, 1.5B Qwen2-1.5B's.
+1. Models have random weights: 124M is GPT-2's shape, 1.5B Qwen2-1.5B's. It needs typeguard, but no tyro.
+
+bound_ms: if weights, keys and values were read once, at the speed of a copy. fixed_s: what a rollout takes besides its
+tokens. sampler_gap: the mean difference of log-probabilities, in nats, to the forward pass that trains.
 """
 import argparse
 import contextlib
@@ -49,7 +52,7 @@ HALF = torch.bfloat16
 
 def say(what: str, **figures) -> None:
     rounded = {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in figures.items()}
-    print(json.dumps({"what": what, **rounded}), flush=True)
+    print(json.dumps({"what": what, **({"tiny": True} if TINY_SHAPES else {}), **rounded}), flush=True)
 
 
 failed = []
@@ -206,7 +209,7 @@ def in_bfloat16(kind: str) -> None:
 
 
 def rotary() -> None:
-    """Angles of positions up to 4096 must not be TF32 products; up to 5.18 transformers multiplied matrices for them."""
+    """Angles of positions up to 4096 must not be TF32 products, which they may have been before transformers 5.19."""
     model = model_of("qwen3")
     positions = torch.arange(4096, device=DEVICE).expand(2, -1)
     x = torch.zeros(2, 1, 1, device=DEVICE)
@@ -444,7 +447,7 @@ def demo() -> None:
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("parts", nargs="*", help="of: " + " ".join(PARTS))
-parser.add_argument("--tiny", action="store_true")
+parser.add_argument("--tiny", action="store_true", help="small shapes, whose times mean nothing")
 args = parser.parse_args()
 if not {*args.parts} <= {*PARTS}:
     parser.error(f"{' '.join(args.parts)}: expected parts of {' '.join(PARTS)}")

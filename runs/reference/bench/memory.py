@@ -1,16 +1,18 @@
 """How much memory training needs on a GPU, worked out without one: tensors that have shapes and no numbers are counted.
 
-    python runs/reference/bench/memory.py
+    python runs/reference/bench/memory.py       # four minutes
 
 A model of Qwen2-1.5B's shape, prompts of 128 tokens, replies of 448, products in bfloat16: the second step of AdamW, of
 two micro-batches, and then the forward pass before the next update, which computes entropies too. Not in it: the keys
 and values of sampling, what the allocator loses between tensors, and CUDA's own. Kernels are taken to keep what those
 of a CPU keep.
 """
+import argparse
 import itertools
 import multiprocessing
 import os
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -48,6 +50,7 @@ class Bytes(TorchDispatchMode):
 
 def measure(micro_batch: int, checkpointing: bool) -> None:
     """Prints a row and ends the process: torch 2.13 crashes when it takes such tensors down."""
+    warnings.simplefilter("ignore")  # torch's, of such tensors
     with FakeTensorMode(allow_non_fake_inputs=True), Bytes() as count:
         lm = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
         lm.to = lm.float = lambda *_: lm  # it is there already, and such tensors cannot move
@@ -77,7 +80,8 @@ def measure(micro_batch: int, checkpointing: bool) -> None:
 
 
 def main() -> None:
-    columns = "micro-batch, checkpointing, weights, gradients and moments, activations and logits, in all, before"
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    columns = "micro-batch, checkpointing, weights, gradients and moments, activations and logits, step, forward pass"
     print(f"| {' | '.join(columns.split(', '))} |\n|{'---|' * 7}", flush=True)
     spawn = multiprocessing.get_context("spawn")
     for case in itertools.product((1, 4, 16), (False, True)):
