@@ -4,6 +4,7 @@
     python runs/reference/study/study.py rates         # half an hour
     python runs/reference/study/study.py penalty       # 45 minutes
     python runs/reference/study/study.py baselines     # an hour
+    python runs/reference/study/study.py critic        # nine hours; critic-rates: two, critic-fit: 80 minutes
     python runs/reference/study/study.py smollm2       # 40 minutes; its packages: see ../smollm2/smollm2.py
     python runs/reference/study/study.py smollm2-rates # two hours
     python runs/reference/study/study.py details --seeds 20 21 --tasks ends --changes lam=0.5       # some of it
@@ -12,7 +13,8 @@
 details: from the defaults one change at a time, on three tasks, paired by seed: the same model, prompts and first
 replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo under several
 strengths of the KL penalty, and of the stop without a penalty. baselines: what a critic is worth beside the mean score
-of eight replies to the same prompt (trl_tasks.py adds TRL's PPO). smollm2: a real language model learns to be kind.
+of eight replies to the same prompt (trl_tasks.py adds TRL's PPO). critic: the same by the length of replies and by where the
+score comes; critic-rates: at which learning rate; critic-fit: what makes a critic predict better. smollm2: a real language model learns to be kind.
 smollm2-rates: six updates of it by learning rate and target-KL stop.
 
 Rows go to NAME.csv, or to --out. A run by the same ppo_llm.py that it holds is not repeated, so what was interrupted
