@@ -13,9 +13,9 @@
 details: from the defaults one change at a time, on three tasks, paired by seed: the same model, prompts and first
 replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo under several
 strengths of the KL penalty, and of the stop without a penalty. baselines: what a critic is worth beside the mean score
-of eight replies to the same prompt (trl_tasks.py adds TRL's PPO). critic: the same by the length of replies and by where the
-score comes; critic-rates: at which learning rate; critic-fit: what makes a critic predict better. smollm2: a real language model learns to be kind.
-smollm2-rates: six updates of it by learning rate and target-KL stop.
+of eight replies to the same prompt (trl_tasks.py adds TRL's PPO). critic: the same by the length of replies and by
+where the score comes; critic-rates: at which learning rate; critic-fit: what makes a critic predict better. smollm2: a
+real language model learns to be kind. smollm2-rates: six updates of it by learning rate and target-KL stop.
 
 Rows go to NAME.csv, or to --out. A run by the same ppo_llm.py that it holds is not repeated, so what was interrupted
 goes on; several may run at once on other seeds. Changes in the CSVs that are not here were settings of commit 0574b0b.
