@@ -996,7 +996,7 @@ def encode(tokenizer, rows, vocabulary, room):
     return prompts
 
 
-def reply_text(tokenizer, prompt: Prompt, ids: list):
+def reply_text(tokenizer, prompt: Prompt, ids):
     """The reply such that prompt + reply is the whole text. Decoded alone, it may lack the space at its start."""
     if isinstance(prompt.row["prompt"], str):
         start, text = tokenizer.batch_decode([prompt.ids, prompt.ids + ids], skip_special_tokens=True)
@@ -1122,7 +1122,7 @@ class Task:
     stop_ids: list
     lock: object = contextlib.nullcontext()  # of the folder, until the run ends
 
-    def judge(self, prompts: list, replies: list):  # -> [B, T], metrics
+    def judge(self, prompts, replies):  # -> [B, T], metrics
         """The score of each token, and by name what is said of each reply, [B]: by each reward function, the sum over
         its tokens, and whether it has ended.
 
@@ -1167,7 +1167,7 @@ class Task:
             raise ValueError("expected a reward that is not None for some reply, and finite --reward-weights")
         return scores, said
 
-    def score(self, prompts: list, replies: list):  # -> [B, T], metrics
+    def score(self, prompts, replies):  # -> [B, T], metrics
         """What `ppo` asks for: scores, and the mean of all that is said."""
         scores, said = self.judge(prompts, replies)
         return scores, {name: float(x.nanmean()) for name, x in said.items() if x.isfinite().any()}
@@ -1289,7 +1289,7 @@ MAY_CHANGE = "num_updates save_every eval_every micro_batch_size gradient_checkp
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # whole tensors, in process 0
 
 
-def save_policy(task: Task, weights, folder: Path):
+def save_policy(task: Task, weights, folder):
     """Write the policy of the actor's weights as a folder of transformers, and return its own."""
     own = {name[3:]: x for name, x in weights.items() if name.startswith("lm.")}
     task.actor.lm.save_pretrained(folder, state_dict=own)
@@ -1384,7 +1384,7 @@ def rehearse(task: Task):
     rollout = sample_replies(actor, prompts, [], cfg)
     fill_logprobs_and_values(actor, task.ref, rollout, cfg)
     task.judge(prompts, rollout.replies())
-    rollout.present[0, 8:] = False  # and `mask`, which is the same
+    rollout.present[0, 8:] = rollout.mask[0, 8:] = False
     with torch.no_grad():
         alone = actor(rollout.select(torch.tensor([0]), actor.lm.device), cfg.temperature)[0].cpu()
     beside, tolerance = rollout.logprobs, 0.02 if actor.dtype == torch.float32 else 0.25

@@ -1053,9 +1053,8 @@ def test_with_learning_rate_0_nothing_moves(kind, holes):
     )
     assert metrics["grad_norm"] == pytest.approx(once["grad_norm"])  # nothing is left of the step before
     part = torch.optim.SGD(actor.lm.parameters(), lr=0.0)  # nor of what the optimizer has not
-    metrics = P.ppo_update(actor, part, rollout, settings_of(num_mini_batches=1, num_ppo_epochs=2))
-    assert metrics["grad_norm"] == pytest.approx(once["grad_norm"])
-    metrics = ppo_steps(actor, rollout, settings_of(num_mini_batches=1))
+    of_part = P.ppo_update(actor, part, rollout, settings_of(num_mini_batches=1, num_ppo_epochs=2))
+    assert of_part["grad_norm"] == pytest.approx(once["grad_norm"])
     assert metrics["loss/policy"] == pytest.approx(
         -float(rollout.advantages[rollout.mask].mean()), abs=EXACT[kind]
     )
@@ -2339,9 +2338,11 @@ def test_a_span_of_the_text_is_paid_at_the_token_that_completes_it(text, data):
             P.token_scores(tokenizer, wrong, ids, {end: 1.0})
 
 
-def test_a_reward_gets_all_replies_to_a_prompt_together(tmp_path):
-    """In the rehearsal and in training. A column that the held-out prompts lack is None there."""
+def test_a_reward_gets_all_replies_to_a_prompt_together(tmp_path, monkeypatch):
+    """In the rehearsal and in training. A column that the held-out prompts lack is None there. No update, that of the
+    rehearsal neither, is of tokens beyond a reply."""
     levels = []
+    beyond = watched(monkeypatch, P, "ppo_update", lambda _, __, x, *more: (x.mask > x.present).any())
 
     def reward(prompts, level, **columns):
         levels.extend(level)
@@ -2350,9 +2351,10 @@ def test_a_reward_gets_all_replies_to_a_prompt_together(tmp_path):
         return [0.0] * len(prompts)
 
     rows = [{"prompt": x, "level": 1.0} for x in ("a", "bb", "ccc")]
-    cfg = quick(tmp_path, samples_per_prompt=4)
+    cfg = quick(tmp_path, samples_per_prompt=4, response_length=9)
     P.train(cfg, rows, reward, model_of(), letters(), [{"prompt": "ab"}])
     assert {*levels} == {1.0, None}
+    assert len(beyond) > 1 and not any(beyond)
 
 
 class Judge:
