@@ -1,6 +1,6 @@
 """Kills a run by SIGKILL at random moments, goes on with it each time, and compares it with an undisturbed one.
 
-    python runs/reference/bench/kill.py 100        # 4 minutes of one core
+    python runs/reference/bench/kill.py 100        # 6 minutes of one core
 
 The run is a small one in which everything has a state: a critic of its own, an adaptive β, critic warm-up, a decaying
 learning rate. It saves after every update. Every other kill waits for the middle of a save, if there is one soon. The
