@@ -31,7 +31,8 @@ Ours, not PPO's:
 - The critic predicts in a unit of its own, the spread of the returns, and before each update its bias is moved so
   that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no change whether
   scores are of size 0.01 or 100, or all near 1000. (kl_coef does: it is a price in score units per nat.)
-- An update in which KL(old ‖ new) passes `target_kl` ends early. OpenAI's Spinning Up has such a stop too.
+- An update in which KL(old ‖ new), between the policy that wrote the replies and that of now, passes `target_kl` ends
+  early. OpenAI's Spinning Up has such a stop too.
 - All random numbers of an update come from (seed, update), and the order of the prompts from (seed, pass), so that a
   resumed run needs no state of any generator.
 
@@ -59,7 +60,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. The mathematics: pure functions of tensors, to be copied out alone or by twos.
+# 1. The mathematics: pure functions of tensors, to be copied out with those of them that they call.
 #    A mask is True on the tokens that the policy wrote. It may have holes: text inside a reply that an environment
 #    wrote, such as the output of a tool. Cells outside the mask may hold anything, even NaN, and change nothing (but
 #    for scores: see `token_rewards`): torch.where drops what they hold, where a multiplication by 0 would keep NaN.
@@ -153,11 +154,11 @@ def token_rewards(
     """Reward of each token: its score less β·KL_t (Ziegler et al. 2019, eq. 2).
 
     A number for the whole reply belongs to its last token. A number for a token that the policy did not write, such as
-    the output of a tool, belongs to the last one that it wrote before, which earned it.
+    the output of a tool, belongs to the last one that it wrote before, which earned it; where there is none, it drops.
     """
     T = mask.shape[1]
     if scores.ndim == 1:
-        scores = F.pad(scores.unsqueeze(1), (T - 1, 0))
+        scores = F.pad(scores.unsqueeze(1), (T - 1, 0))  # in the last column, from where it goes to its earner
     # [B, T], the last written token up to each, -1 before the first: of the mask 0 1 1 0 0 1 it is -1 1 2 2 2 5.
     earner = torch.where(mask, torch.arange(T, device=mask.device), -1).cummax(1).values
     scores = torch.where(earner >= 0, scores, 0.0)
@@ -179,7 +180,8 @@ def gae(
         δ_t = r_t + γ·V_{t+1} - V_t          A_t = δ_t + γλ·A_{t+1}          return_t = A_t + V_t
 
     values[:, t] is V of the state before token t: of the prompt and the reply so far. After the last token V is 0, even
-    if the reply was cut off at its longest. Time runs over the tokens of the mask: a hole takes none. Other cells of
+    if the reply was cut off at its longest. With λ = 1 a return is the sum of the rewards from its token on, discounted
+    by γ; below 1 it leans on the next values. Time runs over the tokens of the mask: a hole takes none. Other cells of
     both results are 0.
     """
     next_advantage = next_value = torch.zeros_like(values[:, 0])
@@ -195,7 +197,7 @@ def gae(
 
 def policy_loss(
     new_logprobs: Tensor,  # [B, T], with gradient
-    logprobs: Tensor,  # [B, T]
+    logprobs: Tensor,  # [B, T], log π_old
     advantages: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
     cliprange: float = 0.2,
@@ -203,10 +205,11 @@ def policy_loss(
 ):  # [], stats
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
-    A is the advantage. One batch is used for several steps, after the first of which the policy is no longer the one
-    that sampled it: ρ corrects for that, and the clip takes away what would be gained by going far. A token whose ρ has
-    left [1-ε, 1+ε] in the direction that A asks for has no gradient any more; one that has left it in the other
-    direction keeps its gradient.
+    A is the advantage: a token that went better than predicted, A > 0, is made likelier, one that went worse less
+    likely. The prediction changes no gradient on average, it takes noise away. One batch is used for several steps,
+    after the first of which the policy is no longer the one that sampled it: ρ corrects for that, and the clip takes
+    away what would be gained by going far. A token whose ρ has left [1-ε, 1+ε] in the direction that A asks for has no
+    gradient any more; one that has left it in the other direction keeps its gradient.
 
     cliprange_high: upper ε; None: the lower (clip-higher, DAPO, arXiv 2503.14476).
     stats: means over the mask of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
@@ -226,8 +229,8 @@ def policy_loss(
 
 def value_loss(
     new_values: Tensor,  # [B, T], with gradient
-    values: Tensor,  # [B, T]
-    returns: Tensor,  # [B, T]
+    values: Tensor,  # [B, T], V_old
+    returns: Tensor,  # [B, T], R
     mask: Tensor,  # [B, T]
     cliprange_value: float | None = None,
 ):  # [], stats
@@ -283,7 +286,7 @@ class PPOConfig:
     num_mini_batches: Count = 4  # optimizer steps per pass
     micro_batch_size: Count = 16  # replies computed at a time, b; logits take 3 × b × T × V × 4 bytes, V the vocabulary
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up, towards 0
-    warmup_updates: Whole = 0  # updates of linear learning-rate warm-up, from the first on, critic's own or not
+    warmup_updates: Whole = 0  # updates of linear learning-rate warm-up, from the first on, the critic's own too
     max_grad_norm: Positive = 1.0  # gradient clipping
     cliprange: Positive = 0.2  # ε of the ratio
     cliprange_high: Positive | None = None  # upper ε (clip-higher, DAPO); None: the same ε
@@ -291,7 +294,7 @@ class PPOConfig:
     vf_coef: NotNegative = 0.3  # c1, weight of the value loss
     ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus, against settling too early; 0: not computed
     target_kl: Positive | None = 1.0  # KL(old ‖ new), nats per token, that ends an update; None: off
-    critic_warmup_updates: Whole = 0  # first updates, which train only the value head, or the critic's own model too
+    critic_warmup_updates: Whole = 0  # first updates, of the critic alone: its head, and its own model if any
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ class Rollout:
     query_mask: Tensor  # [B, P] bool, False on that padding
     responses: Tensor  # [B, T] int, reply tokens, padded on the right with any token
     present: Tensor  # [B, T] bool, False on that padding
-    mask: Tensor  # [B, T] bool, True on the tokens that the policy wrote and is trained on; False where `present` is
+    mask: Tensor  # [B, T] bool, True on the tokens that the policy wrote and is trained on; never on padding
     sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, only compared with `logprobs`
     logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
@@ -389,7 +392,7 @@ class Head(nn.Linear):
 
 class Actor(nn.Module):
     """A causal language model of transformers as the policy, and a critic: a linear head on hidden states. The
-    reference is an Actor too, whose critic nobody asks.
+    reference is an Actor too; its values are not used.
 
     lm: the model, which is trained in place, and whose output head is replaced by a `Head` with the same weights;
     adapters of peft may sit on its layers, not on the head.
@@ -419,7 +422,7 @@ class Actor(nn.Module):
         self.real = torch.promote_types(lm.dtype, torch.float32)  # of values and log-probabilities
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=self.real)
         for weight in self.value_head.parameters():
-            nn.init.zeros_(weight)  # V starts equal in all states: no random baseline
+            nn.init.zeros_(weight)  # V starts at 0 in all states, not at random
         self.register_buffer("spread", torch.zeros((), device=lm.device, dtype=self.real))
 
     @property
@@ -429,10 +432,10 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def fit_returns(self, spread: float, shift: float):
-        """Make `spread` the critic's unit, if it is the first or larger than all before; no V changes by that. Then
-        move every V by `shift`.
+        """Make `spread`, the standard deviation of the returns, the critic's unit, if it is the first or larger than
+        all before; no V changes by that. Then move every V by `shift`, what the returns are above V on average.
 
-        After PopArt, arXiv 1809.04474. Errors of the critic are then about 1 at most, with mean 0, whatever the scores
+        After PopArt, arXiv 1809.04474. Errors of the critic then have mean 0 and a size of about 1, whatever the scores
         are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the
         weights that critic and policy share. Once known, the unit never shrinks: a policy that has learned gives almost
         equal returns, and a small change of them must not become a huge error. So an outlier widens it for good: clip
@@ -542,7 +545,7 @@ def decode(
     ids, attention, uniform = queries.to(device), query_mask.to(device), uniform.to(device, wide)
     stop = ids.new_tensor(stop_ids)
     tokens, logprobs, cache = [], [], None
-    with actor.autocast():  # keeps the rounded weights, of those that are trained, until it ends
+    with actor.autocast():  # it keeps rounded copies of trained weights until it ends
         for t in range(uniform.shape[1]):
             output = actor.run(actor.lm, ids, attention, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1] / temperature  # [b, V]
@@ -591,9 +594,9 @@ def compute_advantages(
     mask = rollout.mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
     rollout.rewards = token_rewards(scores, kl, mask, kl_coef)
-    # With λ = 1 and V = 0 an advantage is the sum of the rewards from its token on.
+    # With λ = 1, gae's default, and V = 0 an advantage is the sum of the rewards from its token on.
     rollout.sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
-    rounding = 16 * torch.finfo(kl.dtype).eps * rollout.sampled_returns.abs().max()  # what differs by less is equal
+    rounding = 16 * torch.finfo(kl.dtype).eps * rollout.sampled_returns.abs().max()  # smaller differences are noise
     spread = rollout.sampled_returns[mask].std(correction=0)  # NaN where there is no trained token
     shift = masked_mean(rollout.sampled_returns - rollout.values, mask)
     actor.fit_returns(float(spread) if spread >= rounding else 0.0, float(shift))
@@ -644,7 +647,7 @@ def ppo_update(
     for _ in range(cfg.num_ppo_epochs):
         for minibatch in torch.randperm(B).chunk(cfg.num_mini_batches):
             optimizer.zero_grad()
-            actor.zero_grad()  # what the optimizer has not must not add up
+            actor.zero_grad()  # gradients that the optimizer lacks would add up, and count in the norm
             tokens = max(1, int(rollout.mask[minibatch].sum()))
             sums = defaultdict(float)
             for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
@@ -657,7 +660,7 @@ def ppo_update(
             if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
                 actor.lm.zero_grad()
             norm = nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm)
-            step["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # or of shards
+            step["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: DTensor
             if not math.isfinite(sum(step.values())):
                 raise FloatingPointError("loss or gradient of a step is NaN or infinite; lower the learning rate")
             steps.append(step)
@@ -705,8 +708,8 @@ def ppo(
     cfg.response_length; metrics are floats by name, to be logged. Where there are several processes, all must get the
     same. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
-    During an update it still counts those before it, 0 in the first: what you pass may read it, for a coefficient that
-    changes.
+    During an update it still counts those before it, 0 in the first: `score`, `sample` and `loss` may read it, for a
+    coefficient that changes.
     sample: what takes the place of `sample_replies`, such as an environment or a serving engine. It gives the whole
     rollout, a row for each prompt in their order, with all fields that have no default.
     loss(actor, batch, cfg) -> (loss, stats): what takes the place of `ppo_loss`. It is called for each micro-batch and
@@ -738,7 +741,7 @@ def ppo(
         if scores.shape not in ((B,), (B, T)) or not scores.isfinite().all():
             raise ValueError(f"score: expected finite numbers of shape [{B}] or [{B}, {T}], got {scores}")
         if scores.ndim == 2:
-            scores = scores.where(rollout.present, 0)
+            scores = scores.where(rollout.present, 0)  # nothing is paid on padding
         scores = scores.to(rollout.sampler_logprobs.dtype)
         clock.append(time.perf_counter())
 
@@ -767,7 +770,7 @@ def ppo(
         for phase, start, end in zip(("generate", "reward", "evaluate", "update"), clock, clock[1:]):
             metrics[f"time/{phase}"] = end - start
         progress.update = update
-        if cfg.kl_target is not None and not critic_only:  # in warm-up KL is 0
+        if cfg.kl_target is not None and not critic_only:  # in the critic's warm-up KL is 0
             progress.kl_coef = adaptive_kl_coef(
                 progress.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
             )
@@ -817,11 +820,11 @@ def reply_kl(rollout: Rollout):  # -> [B]
 def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
-    What is not known is left out: the KL if there is no reference, the explained variance if all returns are equal. It
-    is of the sampled returns, also where λ < 1: those that the critic is trained on then hold V themselves.
+    What is not known is left out: the KL if there is no reference, the explained variance (1: V is right, 0: no better
+    than a constant) if all returns are equal. That is of the sampled returns: with λ < 1 `returns` hold V themselves.
     """
     mask = rollout.mask
-    returns = rollout.sampled_returns[mask].double()  # [N], N trained tokens; in float32 equal ones have a variance
+    returns = rollout.sampled_returns[mask].double()  # [N], N trained tokens; float32's rounding would be a variance
     residual = returns - rollout.values[mask]
     metrics = {
         "objective/scores": scores.mean(),
