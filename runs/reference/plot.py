@@ -2,7 +2,7 @@
 
     python runs/reference/plot.py runs/NAME
     python runs/reference/plot.py runs/SEED-1 runs/SEED-2 runs/SEED-3 -o curves.svg
-    python runs/reference/plot.py runs/reference/study/details.csv      # or penalty.csv, smollm2.csv: a study
+    python runs/reference/plot.py runs/reference/study/details.csv      # or penalty.csv, critic.csv: a study
 
 One panel for the score, one for the KL to the reference, and one for each reward that is not the score itself. Of runs
 of different length, only the updates that all of them have are drawn. The same runs give the same file.
@@ -168,16 +168,6 @@ def draw_penalty(path: Path) -> Figure:
     return figure
 
 
-def draw_seeds(path: Path) -> Figure:
-    """The learning curves of the runs in the CSV, of one setting."""
-    runs = {}
-    for row in results.largest(path):
-        if row["part"] == "train":
-            metrics = {"objective/scores": float(row["score"]), "objective/kl": float(row["kl"])}
-            runs.setdefault(row["seed"], {})[int(row["update"])] = metrics
-    return draw(list(runs.values()))
-
-
 def draw_critic(path: Path) -> Figure:
     """What a critic is worth over the length of replies: a column a task, a line a kind of credit, over seeds."""
     found = results.read(results.largest(path))
@@ -214,7 +204,7 @@ def draw_critic(path: Path) -> Figure:
     return figure
 
 
-STUDIES = {"critic": draw_critic, "details": draw_details, "penalty": draw_penalty, "smollm2": draw_seeds}
+STUDIES = {"critic": draw_critic, "details": draw_details, "penalty": draw_penalty}
 
 
 def main() -> None:

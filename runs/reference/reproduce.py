@@ -19,6 +19,10 @@ STUDY, TABLE, LEARN = "python study/study.py", "python study/results.py", "pytho
 EVEN = "--seeds 10 11 12 13 14 15 16 17 18 19 --tasks even"
 EACH = "--seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --each"
 REDESIGN = "--seeds 30 31 32 33 34 --rates 3e-3 --tasks last first length kl even --out learning/redesign.jsonl"
+SMOL = "cd ../.. && for i in 21 22 23; do python ppo_llm.py --model SmolLM2 --seed $i"  # see smollm2/smollm2.py
+KIND = (f"{SMOL} --output-dir runs/reference/smollm2/kind-$i --prompts SmolLM2/openings.txt "
+        "--eval-prompts SmolLM2/held_out.txt --reward runs/reference/smollm2/smollm2.py:sentiment --response-length 16 "
+        "--batch-size 64 --kl-coef 0.02 --learning-rate 1e-4 --target-kl 0.1 --num-updates 20; done")
 RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "demo": ("5 min", "python plot.py demo demo-seed[2-5] -o demo.svg",
              f"python ../../ppo_llm.py --output-dir demo && {DEMOS}"),  # into folders that are not there yet
@@ -30,8 +34,7 @@ RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "critic-rates": ("110 min", f"{TABLE} critic-rates", f"{STUDY} critic-rates"),
     "critic-fit": ("80 min", f"{TABLE} critic-fit", f"{STUDY} critic-fit"),
     "rates": ("30 min", f"{TABLE} rates", f"{STUDY} rates"),
-    "smollm2": ("40 min", f"{TABLE} smollm2 && python plot.py study/smollm2.csv", f"{STUDY} smollm2"),
-    "smollm2-rates": ("2 h", f"{TABLE} smollm2-rates", f"{STUDY} smollm2-rates"),
+    "kind": ("25 min", "python audit.py && python plot.py smollm2/kind-2[1-3] -o smollm2/kind.svg", KIND),
     "step_size": ("gone", f"{TABLE} step_size", GONE),
     "bugs": ("gone", f"{TABLE} bugs", GONE),
     "even": ("10 min", f"{LEARN} --table learning/even.jsonl", f"{LEARN} {EVEN} --out learning/even.jsonl"),

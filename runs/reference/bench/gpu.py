@@ -17,7 +17,6 @@ import functools
 import gc
 import io
 import json
-import os
 import statistics
 import sys
 import tempfile

@@ -1,6 +1,6 @@
 """What the CSVs of this folder say, as tables. It needs nothing but Python, so that plot.py runs without torch.
 
-    python runs/reference/study/results.py details        # or penalty, baselines, rates, step_size, bugs, smollm2, ...
+    python runs/reference/study/results.py details        # or penalty, baselines, rates, step_size, bugs, ...
 
 A CSV may hold runs by several versions of ppo_llm.py: each is a table of its own, and its runs are only compared with
 one another.
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 LENGTHS = (16, 64, 128, 256)
 # The price of a nat of KL on each task, kl_coef. What is trained on is J = score - price·KL, and what is compared, also
 # where a change trains on another price.
-PRICES = {"demo": 0.3, "sums": 0.05, "ends": 0.02, "smollm2": 0.02}
+PRICES = {"demo": 0.3, "sums": 0.05, "ends": 0.02}
 PRICES |= {f"{kind}-{n}": 0.02 if kind == "early" else 0.3 / n for kind in ("early", "end", "every") for n in LENGTHS}
 GOALS = {"early": 0.6, "end": 0.5, "every": 0.5}  # J of a trained policy
 # What names a run stands in its first row only. The commit is that of ppo_llm.py.

@@ -5,8 +5,6 @@
     python runs/reference/study/study.py penalty       # 45 minutes
     python runs/reference/study/study.py baselines     # an hour
     python runs/reference/study/study.py critic        # nine hours; critic-rates: two, critic-fit: 80 minutes
-    python runs/reference/study/study.py smollm2       # 40 minutes; its packages: see ../smollm2/smollm2.py
-    python runs/reference/study/study.py smollm2-rates # two hours
     python runs/reference/study/study.py details --seeds 20 21 --tasks ends --changes lam=0.5       # some of it
     python runs/reference/study/results.py details                                                  # what was found
 
@@ -14,8 +12,7 @@ details: from the defaults one change at a time, on three tasks, paired by seed:
 replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo under several
 strengths of the KL penalty, and of the stop without a penalty. baselines: what a critic is worth beside the mean score
 of eight replies to the same prompt (trl_tasks.py adds TRL's PPO). critic: the same by the length of replies and by
-where the score comes; critic-rates: at which learning rate; critic-fit: what makes a critic predict better. smollm2: a
-real language model learns to be kind. smollm2-rates: six updates of it by learning rate and target-KL stop.
+where the score comes; critic-rates: at which learning rate; critic-fit: what makes a critic predict better.
 
 Rows go to NAME.csv, or to --out. A run by the same ppo_llm.py that it holds is not repeated, so what was interrupted
 goes on; several may run at once on other seeds. Changes in the CSVs that are not here were settings of commit 0574b0b.
@@ -115,11 +112,7 @@ CRITIC_FIT = {
     "VC-PPO": SEPARATE | dict(loss=tasks.long_returns, lam=1 - 1 / (0.05 * 128), critic_warmup_updates=3),
     "VC-PPO, no warm-up": SEPARATE | dict(loss=tasks.long_returns, lam=1 - 1 / (0.05 * 128)),
 }
-SMOLLM2_RATES = {}  # times the task's
-for times in (0.1, 0.3, 1.0):
-    for kl in (1.0, 0.1):
-        SMOLLM2_RATES[f"rate x {times}, target KL {kl}"] = dict(learning_rate=times, target_kl=kl, num_updates=6)
-# The tasks, the seeds and the changes of each study. Settings were chosen on the seeds of smollm2-rates alone.
+# The tasks, the seeds and the changes of each study.
 STUDIES = {
     "details": (tasks.SMALL, range(20, 30), DETAILS),
     "rates": (["demo"], range(40, 45), RATES),
@@ -128,8 +121,6 @@ STUDIES = {
     "critic": (tasks.LONG, range(70, 78), CRITIC),
     "critic-rates": (["early-64", "end-64", "every-64"], range(90, 92), CRITIC_RATES),
     "critic-fit": (["early-128", "end-128", "every-128"], range(92, 94), CRITIC_FIT),
-    "smollm2": (["smollm2"], range(21, 24), {"defaults": {}}),
-    "smollm2-rates": (["smollm2"], range(11, 16), SMOLLM2_RATES),
 }
 
 

@@ -7,7 +7,6 @@ ends: a GPT-2 of random weights writes 48 tokens. The first and the last of them
       score comes at the end: sparse, and half of the credit belongs far back.
 early-T, end-T, every-T: the same GPT-2 writes T tokens. A token counts if it is t0, t4, t8 ...: the first alone, or
       each by its share, paid at the end or at once. Two tasks alike but for where the score comes.
-smollm2: a real language model, from a folder that ../smollm2/smollm2.py makes. The score is the sentiment of the text.
 
     python runs/reference/study/tasks.py sums FOLDER --seed 20
 
@@ -33,8 +32,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -156,35 +153,13 @@ def long(reward, length: int, seed: int) -> Task:
     return dataclasses.replace(base, model=model, rewards=[reward], settings=settings)
 
 
-def smollm2(seed: int) -> Task:
-    """The model is the same for every seed."""
-    sys.path.append(str(Path(__file__).parents[1] / "smollm2"))
-    from smollm2 import sentiment
-
-    folder = HERE / "SmolLM2"
-    if not folder.is_dir():
-        raise SystemExit(f"{folder}: no such folder, make it by runs/reference/smollm2/smollm2.py {folder}")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts, held_out = ((folder / f"{name}.txt").read_text().splitlines() for name in ("openings", "held_out"))
-    settings = ppo_llm.Config(
-        num_updates=20,
-        batch_size=64,
-        response_length=16,
-        learning_rate=1e-4,
-        target_kl=0.1,
-        kl_coef=0.02,
-        dtype="bfloat16",
-    )
-    return Task(model, AutoTokenizer.from_pretrained(folder), prompts, held_out, [sentiment], settings)
-
-
 SMALL = {"demo": demo, "sums": sums, "ends": ends}
 LONG = {
     f"{reward.__name__}-{length}": functools.partial(long, reward, length)
     for length in (16, 64, 128, 256)
     for reward in (early, end, every)
 }
-TASKS = SMALL | LONG | {"smollm2": smollm2}
+TASKS = SMALL | LONG
 
 
 def centered(reward):
