@@ -202,20 +202,15 @@ def kind() -> str:
 
 def sentences():
     """Yields (page, what it says)."""
-    now, before = demos("a6d1191"), demos("0574b0b")
+    now = demos("a6d1191")
     yield README, (
         f"Over fifteen seeds, 1 to 5 and 100 to 109, the held-out score rises from {pm(now['score_before'])} to "
-        f"{pm(now['score'])} at a KL of {fmean(now['kl']):.1f} nats and a fluency of {pm(now['fluency'], 3)} (the file "
-        f"before its redesign, on the same seeds: {pm(before['score'])}, {fmean(before['kl']):.1f}, "
-        f"{pm(before['fluency'], 3)})."
+        f"{pm(now['score'])} at a KL of {fmean(now['kl']):.1f} nats and a fluency of {pm(now['fluency'], 3)}."
     )
     others = [run for name in ("details", "baselines") for run in runs(name, "f0e94a8", "demo", "defaults")]
     broken = [run["fluency"] for run in others if run["fluency"] < 0.85]
     assert len(broken) == 1
-    yield README, (
-        f"Of {len(others)} other seeds, one ended in broken sentences, at a fluency of {broken[0]:.2f}; before the "
-        "redesign one of five did by rounding alone."  # micro_batch_size=8 of bugs.csv, seed 34
-    )
+    yield README, f"Of {len(others)} other seeds one ended in broken sentences, at a fluency of {broken[0]:.2f}."
     for row in read_lines(HERE / "demo" / "metrics.jsonl"):
         if "eval/score" in row:
             names = ["score", "reply/ended", "rewards/sentiment", "rewards/fluency", "kl"]
@@ -230,11 +225,6 @@ def sentences():
         "tokens at most."
     )
     yield README, f"- Without the clip the end is {losses('policy clip off', 'score').replace('%', '')}% lower."
-    kind = runs("smollm2", "f0e94a8", "smollm2", "defaults")
-    yield README, (
-        f"- SmolLM2-135M learned to be kind from 1,280 replies: {pm(run['before'] for run in kind)} to "
-        f"{pm(run['score'] for run in kind)} on held-out openings, three seeds"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- the audit

