@@ -867,7 +867,7 @@ import typing
 from pathlib import Path
 
 from torch.distributed.checkpoint import state_dict as dcp
-from typeguard import typechecked
+from typeguard import check_type, typechecked
 
 
 @contextlib.contextmanager
@@ -926,7 +926,7 @@ class RunConfig:
     eval_every: Count | None = None  # updates between held-out evaluations, which show samples; None: before and after
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on a GPU that has it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA that has it
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one forward more
 
 
@@ -935,12 +935,10 @@ class Config(TaskConfig, PPOConfig, RunConfig):
     """All settings. Each is checked against its annotation: its type, and what it expects besides."""
 
     def __post_init__(self):
-        from typeguard import CollectionCheckStrategy, check_type
-
         for name, hint in typing.get_type_hints(Config, include_extras=True).items():
             x = getattr(self, name)
             with about(f"--{name.replace('_', '-')} {x!r}"):
-                check_type(x, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+                check_type(x, hint)
                 for kind in (hint, *typing.get_args(hint)):  # Annotated[...], or one of those in a union
                     expected, holds = getattr(kind, "__metadata__", ("", bool))
                     if expected and x is not None and not holds(x):
@@ -949,8 +947,6 @@ class Config(TaskConfig, PPOConfig, RunConfig):
             raise ValueError("--kl-target: expected with it a --kl-coef above 0")
         if self.reward_label and not self.reward_model:
             raise ValueError("--reward-label: expected with it a --reward-model")
-        if self.critic_warmup_updates >= self.num_updates:
-            raise ValueError("--critic-warmup-updates: expected fewer than --num-updates, or the policy never moves")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -985,11 +981,22 @@ def encode(tokenizer, rows, vocabulary, room):
         with about(f"the prompt {row!r:.300}: expected a text, or chat messages, under prompt"):
             if isinstance(text, str):
                 ids = tokenizer(text)["input_ids"]
+                bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+                is_over = bare and bare[-1] != ids[-1]  # as with [SEP] of BERT's tokenizers
             else:
-                given = {"tools": row.get("tools")} | (row.get("chat_template_kwargs") or {})
-                ids = tokenizer.apply_chat_template(text, return_dict=False, add_generation_prompt=True, **given)
-            if not ids or max(ids) >= vocabulary:
-                raise ValueError(f"it has no token, or one that the model does not know: {ids}")
+                ids = tokenizer.apply_chat_template(
+                    text,
+                    tools=row.get("tools"),
+                    return_dict=False,
+                    add_generation_prompt=True,
+                    **(row.get("chat_template_kwargs") or {}),
+                )
+                is_over = text[-1]["role"] == "assistant"
+            if is_over or not ids or max(ids) >= vocabulary:
+                raise ValueError(
+                    "it has no token, or one that the model does not know, or it is over: the tokenizer ends it, or "
+                    f"the assistant spoke last: {ids}"
+                )
         if len(ids) <= room:
             prompts.append(Prompt(ids, columns | row))
     if rows and not prompts:
@@ -1030,9 +1037,9 @@ def load_reward_model(name, device: torch.device, cfg: Config):
     model = load("ModelForSequenceClassification", name).to(device)
     tokenizer = load("Tokenizer", name)
     tokenizer.truncation_side = "left"
-    labels = [*model.config.id2label.values()]
+    labels = {label: i for i, label in model.config.id2label.items()}  # not in the order of i in every config.json
     with about(f"--reward-label: expected one of {', '.join(labels)}, the labels of {name}"):
-        column = labels.index(cfg.reward_label) if cfg.reward_label or len(labels) > 1 else 0
+        column = labels[cfg.reward_label] if cfg.reward_label or len(labels) > 1 else 0
 
     def score(prompts, completions, **columns):
         scores = []
@@ -1210,8 +1217,8 @@ def pick_device(cfg: Config):
         torch.empty(0, device=device)
     is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = ("bfloat16" if is_fast else "float32") if cfg.dtype == "auto" else cfg.dtype
-    # The float32 products of the two heads by TF32: error 5e-4, 7 times as fast. There are no others: transformers made
-    # rotary angles by one up to 5.18.
+    # The float32 products of the two heads by TF32: error 5e-4, 7 times as fast. The model has no others: transformers
+    # made rotary angles by one up to 5.18. A reward model in float32 has, on the same GPU.
     if is_fast and dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")
     return device, getattr(torch, dtype)
@@ -1317,8 +1324,9 @@ def save(task: Task):
 
 def fingerprint(cfg: Config, model, prompts):
     """What must be the same on a resume, besides the settings: another model must not become the reference unseen."""
-    tensors = (x.cpu().flatten().view(torch.uint8).numpy() for x in model.state_dict().values())
-    weights = [hashlib.sha256(x).digest() for x in tensors]
+    weights = [
+        hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy()).digest() for x in model.state_dict().values()
+    ]
     files = [Path(spec.rpartition(":")[0]).read_bytes() for spec in cfg.reward]
     parts = {"the model": weights, "the prompts": prompts, "the file of the reward": files}
     return {name: hashlib.sha256(repr(x).encode()).hexdigest() for name, x in parts.items()}
@@ -1335,10 +1343,10 @@ def read_config(run):
 def resume(task: Task, initial: dict):
     """Go back to the run's checkpoint, and cut the logs to it. Without one the run begins anew. initial: `fingerprint`.
     """
-    cfg_before, initial_before = read_config(task.cfg.resume)
+    cfg_before, initial_before = read_config(task.run)
     before, now = vars(cfg_before) | initial_before, vars(task.cfg) | initial
     for name in now.keys() - MAY_CHANGE:
-        if now[name] != before.get(name):
+        if now[name] != before[name]:
             raise ValueError(
                 f"--resume: {name} is not what the run began with (a model that was trained must be loaded anew); "
                 f"only {', '.join(MAY_CHANGE)} may change"
@@ -1356,7 +1364,7 @@ def resume(task: Task, initial: dict):
                 options=dataclasses.replace(WHOLE, cpu_offload=False)
             )
             for name, parameter in task.actor.named_parameters():  # the policy has no moments while the critic warms up
-                if name not in saved["optimizer"]["state"]:
+                if name.replace("_orig_mod.", "") not in saved["optimizer"]["state"]:  # torch.compile's
                     task.optimizer.state.pop(parameter, None)
             vars(task.progress).update(saved["progress"])
             sizes = saved["logs"]
@@ -1478,6 +1486,7 @@ def prepare(
         with about(f"{run}: expected a new folder, or with --resume one in which no other run writes"):
             if not cfg.resume:
                 run.mkdir(parents=True)
+                (run / "config.json").write_text(json.dumps({"settings": vars(cfg), "fingerprint": initial}, indent=2))
             task.lock = open(run / "lock", "w")
             with contextlib.suppress(ImportError):  # Windows has no such locks
                 import fcntl
@@ -1485,8 +1494,6 @@ def prepare(
                 fcntl.lockf(task.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if cfg.resume:
         resume(task, initial)
-    elif world()[0] == 0:
-        (run / "config.json").write_text(json.dumps({"settings": vars(cfg), "fingerprint": initial}, indent=2))
     print(
         f"Update {task.progress.update} of {cfg.num_updates}, with {len(train_prompts)} prompts and "
         f"{len(held_out)} held out, written to {run}"
@@ -1495,7 +1502,7 @@ def prepare(
 
 
 def evaluate_held_out(task: Task):
-    """Replies to all held-out prompts, a batch at least, from the same seed each time: metrics and a few samples.
+    """Replies to all held-out prompts, to few of them several, from the same seed each time: metrics and a few samples.
 
     Each metric is a mean over prompts and, under its name with _se, the standard error of that mean. Several replies to
     one prompt are first averaged: they are not independent.
@@ -1599,8 +1606,8 @@ def run_task(task: Task):
                         f"stopped after update {progress.update}, to go on: python ppo_llm.py --resume {run}"
                     )
         except Exception as e:
-            sound = progress.update > 0 and all(x.isfinite().all() for x in task.actor.parameters())
-            if sound and world()[1] == 1:  # of several processes the others may be gone
+            # Of several processes the others may be gone.
+            if progress.update > 0 and world()[1] == 1 and all(x.isfinite().all() for x in task.actor.parameters()):
                 save(task)
                 e.add_note(f"saved after update {progress.update} and any steps since, to go on: --resume {run}")
             raise

@@ -1817,7 +1817,6 @@ BAD = {  # what is added to the sound command: what the one line says
     "--prompts number.jsonl": "the prompts number.jsonl: expected .txt, a prompt a line, or .jsonl, a row",
     "--prompts empty.txt": "the prompts empty.txt",
     "--eval-prompts empty.txt": "there is no prompt in it",
-    "--eval-prompts bad.jsonl": "the prompts bad.jsonl",
     "--response-length 61": "all 26 prompts have more than the 3 tokens that --response-length",
     # Rewards.
     "--reward rewards.py:missing": "--reward rewards.py:missing: expected FILE.py:FUNCTION: AttributeError",
@@ -1829,10 +1828,8 @@ BAD = {  # what is added to the sound command: what the one line says
     "--reward-weights 0": "as many --reward-weights, not all 0, or none",
     "--reward-label x": "--reward-label: expected with it a --reward-model",
     "--reward-model scorer --reward-label x": "--reward-label: expected one of LABEL_0, the labels of scorer",
-    "--critic-warmup-updates 1": "--critic-warmup-updates: expected fewer than --num-updates",
     "--reward-model model": "model as ModelForSequenceClassification: it holds no score.weight",
     "--reward-model judge": "--reward-label: expected one of LABEL_0, LABEL_1",
-    "--reward-model judge --reward-label x": "--reward-label: expected one of LABEL_0, LABEL_1",
 }
 
 
@@ -1851,7 +1848,7 @@ WRONG = [
     (dict(reward="rewards.py:worth"), "--reward 'rewards.py:worth'", "is not a tuple"),
     (dict(batch_size="8"), "--batch-size '8'", "is not an instance of int"),
     (dict(kl_estimator="k4"), "--kl-estimator 'k4'", "is not any of"),
-    (dict(reward_weights=(1, "2")), "--reward-weights (1, '2')", "item 1 of tuple is neither"),
+    (dict(reward_weights=("2", 1)), "--reward-weights ('2', 1)", "item 0 of tuple is neither"),
     (dict(batch_size=0), "--batch-size 0", "expected 1 or more"),
     (dict(save_every=-1), "--save-every -1", "expected 1 or more"),
     (dict(warmup_updates=-1), "--warmup-updates -1", "expected "),
@@ -2012,7 +2009,7 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     user, begun = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab"}
     rows = [
         {"prompt": [user], "answer": 3, "tools": [{"x": "y"}]},
-        {"prompt": [user, begun], "answer": None, "level": "x", "chat_template_kwargs": {"mood": " gay"}},
+        {"prompt": [begun, user], "answer": None, "level": "x", "chat_template_kwargs": {"mood": " gay"}},
         {"prompt": "plain", "answer": 1, "level": "y"},
     ]
     tokenizer = letters(
@@ -2023,7 +2020,7 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     cfg = quick(tmp_path, batch_size=60)
     task = P.prepare(cfg, rows, reward, model_of(), tokenizer)
     texts = {tokenizer.decode(prompt.ids) for prompt in task.prompts}
-    assert texts == {"y<user>hi<assistant>", " gay<user>hi<assistant>ab<assistant>", "<plain"}
+    assert texts == {"y<user>hi<assistant>", " gay<assistant>ab<user>hi<assistant>", "<plain"}
     metrics = metrics_of(P.run_task(task))[1]
     columns = {str(prompt): row for prompt, _, _, _, row in seen}
     assert columns == {str(row["prompt"]): (row["answer"], row.get("level")) for row in rows}
@@ -2036,13 +2033,18 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     assert metrics["objective/scores"] == pytest.approx(4 / 3)
 
 
-def test_a_chat_needs_no_chat_template_where_its_tokenizer_has_another_way():
-    """As those of mistral-common have."""
+def test_a_chat_may_need_no_chat_template_and_a_prompt_must_not_be_over():
+    """Tokenizers of mistral-common have another way. BERT's end each text with [SEP], behind which nothing follows."""
     tokenizer = letters()
     tokenizer.apply_chat_template = lambda messages, **options: [3, len(messages)]
     assert tokenizer.chat_template is None
     row = {"prompt": [{"role": "user", "content": "a"}]}
     assert P.encode(tokenizer, [row], 30, 60) == [Prompt([3, 1], row)]
+    end = processors.TemplateProcessing("$0 >", special_tokens=[(">", 29)])
+    tokenizer.backend_tokenizer.post_processor = end
+    for over in "a", [{"role": "assistant"}]:
+        with pytest.raises(ValueError, match="it is over"):
+            P.encode(tokenizer, [{"prompt": over}], 30, 60)
 
 
 def test_lines_of_a_text_are_prompts_as_they_stand(tmp_path):
@@ -2191,6 +2193,8 @@ def test_a_reward_model_scores_each_text_as_if_alone(kind, pad, labels, tmp_path
         model_max_length=64 - 2 * (kind == "Roberta"),
         **special,
     )
+    path = tmp_path / "judge" / "config.json"  # where the labels need not stand in their order
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": names}))
     label = None if labels == 1 else f"LABEL_{labels - 1}"
     reward = P.load_reward_model(
         str(tmp_path / "judge"), CPU, quick(tmp_path, reward_model=("x",), reward_label=label)
@@ -2495,13 +2499,14 @@ def test_a_compiled_policy_is_trained_and_saved_under_its_own_names(tmp_path):
     run = P.train(quick(tmp_path), ["a", "bc"], worth, torch.compile(lm, backend="eager"), letters())
     saved = weights_of(AutoModelForCausalLM.from_pretrained(run / "policy"))
     assert torch.equal(saved, weights_of(lm)) and not torch.equal(saved, before)
-    P.train(
+    task = P.prepare(
         quick(tmp_path, resume=str(run), num_updates=2),
         ["a", "bc"],
         worth,
         torch.compile(model_of(), backend="eager"),
         letters(),
     )
+    assert len(task.optimizer.state) == 30
 
 
 def test_weights_that_are_nan_are_told_as_such(tmp_path):
@@ -2739,12 +2744,6 @@ def test_a_run_says_how_it_goes(tmp_path, capsys, monkeypatch):
         assert (f"  {row['prompt']} | {row['reply'].strip()}" in shown.out) == row["held_out"]
     assert re.search(r"score -?\d+\.\d\d, KL -?\d+\.\d, ended \d+%", shown.err)
     assert f"from_pretrained('{run}/policy')" in shown.out
-
-
-def test_a_finished_run_goes_on_with_more_updates(copied):
-    """And evaluates after each if it is asked to."""
-    assert P.main(["--resume", str(copied), *"--num-updates 8 --eval-every 1".split()]) == 0
-    assert updates_of(copied) == [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]
 
 
 @pytest.mark.slow

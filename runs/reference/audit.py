@@ -177,6 +177,23 @@ def sums() -> str:
     return "\n".join(lines)
 
 
+def credit() -> str:
+    """Replies until the goal of the same task paid at its end and paid at once; what is saved is paired by seed."""
+    found = results.read(results.largest(HERE / "study" / "critic.csv"))
+    lines = ["| tokens | | paid at the end | at once | saved |", "|---|---|---|---|---|"]
+    for length, change in itertools.product(results.LENGTHS, ("critic", "critic, lam=0.95", "no critic", "group mean")):
+        both = [
+            {seed: results.replies_to_goal(run, results.GOALS[task]) for (t, c, seed), run in found.items()
+             if (t, c) == (f"{task}-{length}", change)}
+            for task in ("end", "every")
+        ]
+        if both[0]:
+            columns = [*both[0].values()], [*both[1].values()], [both[0][seed] - both[1][seed] for seed in both[0]]
+            cells = [str(length), change, *(results.said(xs, 0) for xs in columns)]
+            lines.append(f"| {' | '.join(cells)} |".translate(SIGNS))
+    return "\n".join(lines)
+
+
 def kind() -> str:
     """The runs of smollm2/smollm2.py, and of each the first held-out replies. Under the reference a token of the policy
     has a negative log-probability of entropy + KL on average."""
@@ -232,7 +249,7 @@ def sentences():
 
 def main() -> int:
     wrong = []
-    made = {"even": even, "each": each, "units": units, "redesign": redesign, "sums": sums, "kind": kind}
+    made = {"even": even, "each": each, "units": units, "redesign": redesign, "sums": sums, "kind": kind, "credit": credit}
     for page in (INDEX, STUDY):
         text = page.read_text()
         parts = re.split(r"(<!-- rows: \S+ -->\n).*?(\n<!-- end -->)", text, flags=re.S)
