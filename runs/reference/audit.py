@@ -64,8 +64,8 @@ def replies(rows: list[dict]) -> float:
 def losses(change: str, what: str = "mean", commit: str = "0574b0b") -> str:
     """What a change of the study `details` loses on demo, sums and ends, in percent."""
     found = results.read(results.read_rows(HERE / "study" / "details.csv")[commit])
-    xs = [-fmean(results.worth(found, task, change)[what]) for task in ("demo", "sums", "ends")]
-    return "{:.0f}, {:.0f} and {:.0f}%".format(*xs)
+    xs = [pm((-x for x in results.worth(found, task, change)[what]), 0) for task in ("demo", "sums", "ends")]
+    return "{}, {} and {}%".format(*xs)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -205,7 +205,8 @@ def kind() -> str:
         trained = [row for row in rows if "policy/ratio" in row]
         surprise = (f"{row['policy/entropy'] + row['objective/kl'] / row['reply/length']:.2f}" for row in trained)
         surprise = [*surprise]
-        cells = [folder.name[5:], " → ".join(score), f"{held_out[-1]['eval/kl']:.1f}", f"{surprise[0]} → {surprise[-1]}"]
+        cells = [folder.name[5:], " → ".join(score), f"{held_out[-1]['eval/kl']:.1f}"]
+        cells.append(f"{surprise[0]} → {surprise[-1]}")
         samples = [row for row in read_lines(folder / "samples.jsonl") if row["held_out"]]
         for update in (0, rows[-1]["update"]):
             texts = [row["prompt"] + row["reply"] for row in samples if row["update"] == update][:2]
@@ -233,15 +234,42 @@ def sentences():
             names = ["score", "reply/ended", "rewards/sentiment", "rewards/fluency", "kl"]
             means = (f"{n.split('/')[-1]} {row[f'eval/{n}']:z.2f} ± {row[f'eval/{n}_se']:.2f}" for n in names)
             yield README, f"Held-out, update {row['update']}: {', '.join(means)}"
-
-
-    one = losses("1 epoch")
-    yield README, f"- One epoch in place of four loses {one} of a run on three small tasks (ten seeds each)."
+    folders = sorted((HERE / "smollm2").glob("sums-1-20-right-*"))
+    held_out = [[row for row in read_lines(x / "metrics.jsonl") if "eval/score" in row] for x in folders]
+    first, last = (
+        ", ".join(f"{100 * rows[i]['eval/score']:.0f}" for rows in held_out) for i in (0, -1)
+    )
     yield README, (
-        f"- λ = 0.95 in place of 1 loses {losses('lam=0.95')}, 0.5 loses {losses('lam=0.5')}: replies there have 48 "
+        f"- SmolLM2-135M learns sums of pairs from 1 to 20: of 120 that it never trains on {first}% are right before "
+        f"and {last}% after {held_out[0][-1]['update'] * 128:,} replies"
+    )
+    count = len(runs("critic", "b87ddd1", "early-128", "critic"))
+    ends = {
+        task: [pm(run["J"] for run in runs("critic", "b87ddd1", task, change))
+               for change in ("critic", "no critic", "group mean")]
+        for task in ("early-128", "end-128")
+    }
+    yield README, (
+        "- Replies of 128 tokens: where one early token is scored, J, score − β·KL, ends at {} with a critic, {} "
+        "without and {} with a group's mean; ".format(*ends["early-128"])
+        + "where all are, at the end, at {}, {} and {} ({} seeds).".format(*ends["end-128"], count)
+    )
+    both = [
+        fmean(results.replies_to_goal(run, results.GOALS[task])
+              for run in runs("critic", "b87ddd1", f"{task}-128", "critic"))
+        for task in ("every", "end")
+    ]
+    yield README, (
+        "Each token paid at once takes {:.0f} replies to a goal in place of {:.0f}, with a critic.".format(*both)
+    )
+    yield README, (
+        f"- One epoch in place of four loses {losses('1 epoch')} of a run on three small tasks (ten seeds each)."
+    )
+    yield README, (
+        f"- λ = 0.95 in place of 1 loses {losses('lam=0.95')}, 0.5 loses {losses('lam=0.5')}; replies there have 48 "
         "tokens at most."
     )
-    yield README, f"- Without the clip the end is {losses('policy clip off', 'score').replace('%', '')}% lower."
+    yield README, f"- Without the clip the end is {losses('policy clip off', 'score')} lower."
 
 
 # ----------------------------------------------------------------------------------------------------------- the audit
@@ -249,7 +277,7 @@ def sentences():
 
 def main() -> int:
     wrong = []
-    made = {"even": even, "each": each, "units": units, "redesign": redesign, "sums": sums, "kind": kind, "credit": credit}
+    made = {table.__name__: table for table in (even, each, units, redesign, sums, kind, credit)}
     for page in (INDEX, STUDY):
         text = page.read_text()
         parts = re.split(r"(<!-- rows: \S+ -->\n).*?(\n<!-- end -->)", text, flags=re.S)

@@ -34,7 +34,7 @@ RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "critic-rates": ("110 min", f"{TABLE} critic-rates", f"{STUDY} critic-rates"),
     "critic-fit": ("80 min", f"{TABLE} critic-fit", f"{STUDY} critic-fit"),
     "rates": ("30 min", f"{TABLE} rates", f"{STUDY} rates"),
-    "kind": ("25 min", "python audit.py && python plot.py smollm2/kind-2[1-3] -o smollm2/kind.svg", KIND),
+    "kind": ("40 min", "python audit.py && python plot.py smollm2/kind-2[1-3] -o smollm2/kind.svg", KIND),
     "step_size": ("gone", f"{TABLE} step_size", GONE),
     "bugs": ("gone", f"{TABLE} bugs", GONE),
     "even": ("10 min", f"{LEARN} --table learning/even.jsonl", f"{LEARN} {EVEN} --out learning/even.jsonl"),
