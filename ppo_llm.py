@@ -154,7 +154,7 @@ def token_rewards(
     """Reward of each token: its score less β·KL_t (Ziegler et al. 2019, eq. 2).
 
     A number for the whole reply belongs to its last token. A number for a token that the policy did not write, such as
-    the output of a tool, belongs to the last one that it wrote before, which earned it; where there is none, it drops.
+    the output of a tool, belongs to the last one that it wrote before, which earned it; where there is none it is lost.
     """
     T = mask.shape[1]
     if scores.ndim == 1:
@@ -1218,7 +1218,7 @@ def pick_device(cfg: Config):
     is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = ("bfloat16" if is_fast else "float32") if cfg.dtype == "auto" else cfg.dtype
     # The float32 products of the two heads by TF32: error 5e-4, 7 times as fast. The model has no others: transformers
-    # made rotary angles by one up to 5.18. A reward model in float32 has, on the same GPU.
+    # made rotary angles by one up to 5.18. But a float32 reward model on the same GPU computes by TF32 too.
     if is_fast and dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")
     return device, getattr(torch, dtype)
