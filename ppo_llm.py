@@ -1439,10 +1439,10 @@ def prepare(
         model = load("ModelForCausalLM", cfg.model)
     if model is not None:
         tokenizer = tokenizer or load("Tokenizer", cfg.model)
-    elif not (prompts or cfg.prompts or rewards):
-        model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
-    else:
+    elif prompts or eval_prompts or cfg.prompts or cfg.eval_prompts or rewards:
         raise ValueError("prompts and rewards need a model: give --model too")
+    else:
+        model, tokenizer, prompts, eval_prompts, rewards = demo_task(cfg.seed)
     weights = cfg.reward_weights or [1.0] * len(rewards)
     if not any(weights) or len(rewards) != len(weights):
         raise ValueError(
@@ -1584,7 +1584,7 @@ def run_task(task: Task):
                 bar.write("  " + textwrap.shorten(f"{row['prompt']} | {row['reply']}", 500))
 
     def is_due(every):
-        return progress.update == cfg.num_updates or (every is not None and progress.update % every == 0)
+        return progress.update == cfg.num_updates or (every and progress.update % every == 0)
 
     with finish_on_signal(run) as asked, bar, task.lock:
         if progress.update == 0:

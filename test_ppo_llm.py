@@ -2653,6 +2653,10 @@ def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
+def files_of(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 REFUSED = {  # what is changed of a finished run: what the line says of it
     "": "run is complete: to go on, give a larger --num-updates",
     "--num-updates 8 --learning-rate 0.5": "--resume: learning_rate is not what the run began with",
@@ -2673,10 +2677,10 @@ def test_a_changed_or_damaged_run_is_refused(change, copied, capsys):
     elif change == "checkpoint.pt":
         path = copied / change
         path.write_bytes(path.read_bytes()[:9999])
-    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    before = files_of(copied)
     assert P.main(["--resume", str(copied), *flags]) == 2
     assert REFUSED[change] in the_line(capsys)
-    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    assert files_of(copied) == before
 
 
 def test_what_a_run_began_with_is_known_by_its_bytes(tmp_path):
@@ -2708,7 +2712,7 @@ def test_two_processes_do_not_write_into_one_run(copied, capfd):
     """The second is refused, and nothing is changed. What a user has put beside the run's files stays."""
     (copied / "checkpoint-backup.pt").write_bytes(b"mine")
     arguments = ["--resume", str(copied), "--num-updates", "7"]
-    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    before = files_of(copied)
     at_work = subprocess.Popen([sys.executable, "-c", HOLDER, copied / "lock"], stdout=subprocess.PIPE)
     assert at_work.stdout.readline() == b"locked\n"
     assert P.main(arguments) == 2
@@ -2716,7 +2720,7 @@ def test_two_processes_do_not_write_into_one_run(copied, capfd):
         f"{copied}: expected a new folder, or with --resume one in which no other run writes"
         in capfd.readouterr().err
     )
-    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    assert files_of(copied) == before
     at_work.kill()
     at_work.wait()
     assert P.main(arguments) == 0
@@ -3007,9 +3011,10 @@ def test_the_demos_model_and_its_training_follow_the_seed():
     assert not torch.equal(first, other)
 
 
-def test_without_a_model_only_the_demo_runs(tmp_path):
+@pytest.mark.parametrize("given", ["prompts", "eval_prompts", "reward"])
+def test_without_a_model_only_the_demo_runs(given, tmp_path):
     with pytest.raises(ValueError, match="need a model: give --model too"):
-        P.train(quick(tmp_path), ["a"])
+        P.train(quick(tmp_path), **{given: ["a"]})
 
 
 def test_import_has_no_side_effects(tmp_path):
