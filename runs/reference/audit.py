@@ -38,10 +38,10 @@ def runs(name: str, commit: str, task: str, change: str) -> list[dict]:
     return [run for (t, c, _), run in found.items() if (t, c) == (task, change)]
 
 
-def demos(commit: str) -> dict[str, list[float]]:
+def demos() -> dict[str, list[float]]:
     """Columns of demo-seeds.csv."""
     with open(HERE / "demo-seeds.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["commit"] == commit]
+        rows = [*csv.DictReader(file)]
     return {name: [float(row[name]) for row in rows] for name in rows[0] if name != "commit"}
 
 
@@ -125,39 +125,6 @@ def each() -> str:
     return "\n".join(lines)
 
 
-UNITS = {
-    "even": "`even`, dense: share of even tokens",
-    "last": "`last`, sparse: the last token",
-    "first": "`first`, one early token",
-    "length": "`length`, end after ten tokens",
-    "kl": "`kl`, dense, against a KL penalty",
-}
-
-
-def units() -> str:
-    before, now = learning("before"), learning("defaults")
-    lines = ["| task | before: λ 0.95, vf 0.1, clip 0.2, raw units | now |", "|---|---|---|"]
-    for task, words in UNITS.items():
-        cells = []
-        for found, key in ((before, ("2a3dcab", "before")), (now, ("0574b0b", "default"))):
-            groups = [found[*key, task, rate] for rate in (1e-3, 3e-3 if task == "even" else 1e-2)]
-            said = (f"{replies(rows):.0f} ({fmean(row['explained'] for row in rows):.2f})" for rows in groups)
-            cells.append(" \\| ".join(said).translate(SIGNS))
-        lines.append(f"| {words} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def redesign() -> str:
-    found = learning("redesign")
-    lines = ["| task | before | after | after / before | after what followed |", "|---|---|---|---|---|"]
-    for task in "last first length kl even".split():
-        groups = [found[commit, "default", task, 3e-3] for commit in ("0574b0b", "807e136", "346dbbb")]
-        said = [f"{replies(rows):.0f} ({fmean(row['explained'] for row in rows):.2f})" for rows in groups]
-        said.insert(2, f"{replies(groups[1]) / replies(groups[0]):.2f}")
-        lines.append(f"| `{task}` | {' | '.join(said)} |".translate(SIGNS))
-    return "\n".join(lines)
-
-
 def sums() -> str:
     """The runs of smollm2/sums.py: of a line, the seeds in turn, and the standard error of each number over sums."""
     lines = ["| pairs | paid for | seeds | right, % | training | KL |", "|---|---|---|---|---|---|"]
@@ -220,7 +187,7 @@ def kind() -> str:
 
 def sentences():
     """Yields (page, what it says)."""
-    now = demos("a6d1191")
+    now = demos()
     yield README, (
         f"Over fifteen seeds, 1 to 5 and 100 to 109, the held-out score rises from {pm(now['score_before'])} to "
         f"{pm(now['score'])} at a KL of {fmean(now['kl']):.1f} nats and a fluency of {pm(now['fluency'], 3)}."
@@ -273,7 +240,7 @@ def sentences():
 
 def main() -> int:
     wrong = []
-    made = {table.__name__: table for table in (even, each, units, redesign, sums, kind, credit)}
+    made = {table.__name__: table for table in (even, each, sums, kind, credit)}
     for page in (INDEX, STUDY):
         text = page.read_text()
         parts = re.split(r"(<!-- rows: \S+ -->\n).*?(\n<!-- end -->)", text, flags=re.S)

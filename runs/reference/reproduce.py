@@ -18,7 +18,6 @@ GONE = "echo its settings or mistakes are those of commit 0574b0b: measure there
 STUDY, TABLE, LEARN = "python study/study.py", "python study/results.py", "python learning/learning.py"
 EVEN = "--seeds 10 11 12 13 14 15 16 17 18 19 --tasks even"
 EACH = "--seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --each"
-REDESIGN = "--seeds 30 31 32 33 34 --rates 3e-3 --tasks last first length kl even --out learning/redesign.jsonl"
 SMOL = "cd ../.. && for i in 21 22 23; do python ppo_llm.py --model SmolLM2 --seed $i"  # see smollm2/smollm2.py
 KIND = (f"{SMOL} --output-dir runs/reference/smollm2/kind-$i --prompts SmolLM2/openings.txt "
         "--eval-prompts SmolLM2/held_out.txt --reward runs/reference/smollm2/smollm2.py:sentiment --response-length 16 "
@@ -35,15 +34,11 @@ RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "critic-fit": ("80 min", f"{TABLE} critic-fit", f"{STUDY} critic-fit"),
     "rates": ("30 min", f"{TABLE} rates", f"{STUDY} rates"),
     "kind": ("40 min", "python audit.py && python plot.py smollm2/kind-2[1-3] -o smollm2/kind.svg", KIND),
-    "step_size": ("gone", f"{TABLE} step_size", GONE),
     "bugs": ("gone", f"{TABLE} bugs", GONE),
     "even": ("10 min", f"{LEARN} --table learning/even.jsonl", f"{LEARN} {EVEN} --out learning/even.jsonl"),
     "even-trl": ("15 min", f"{LEARN} --table learning/trl.jsonl",
                  f"{TRL} study/trl_tasks.py --tasks even --rates 3e-4 1e-3 3e-3 1e-2 --seeds 10 11 12"),
     "each": ("50 min", f"{LEARN} --table learning/each.jsonl", f"{LEARN} {EACH} --out learning/each.jsonl"),
-    "units": ("10 min", f"{LEARN} --table learning/before.jsonl learning/defaults.jsonl",
-              f"{LEARN} --seeds 10 11 12 --out learning/defaults.jsonl"),
-    "redesign": ("10 min", f"{LEARN} --table learning/redesign.jsonl", f"{LEARN} {REDESIGN}"),
     "killed": ("6 min", "", "python bench/kill.py 100"),
     "speed": ("15 min", "", "python bench/compare.py --updates 3"),
     "speed-trl": ("1 h", "", f"python bench/compare.py --trl {TRL} --updates 3"),

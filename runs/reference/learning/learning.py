@@ -2,7 +2,6 @@
 
     cd runs/reference/learning
     python learning.py --seeds 10 11 12 13 14 15 16 17 18 19 --tasks even --out even.jsonl
-    python learning.py --seeds 10 11 12 --out defaults.jsonl
     python learning.py --seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --each --out each.jsonl
     python learning.py --seeds 20 21 22 --change lam=0.95 vf_coef=1 --out mine.jsonl
     python learning.py --table even.jsonl each.jsonl           # what was measured; --each: every default, changed alone
@@ -38,8 +37,6 @@ def share(reply: list[int], divisor: int) -> float:
 TASKS = {
     # Dense: every token counts the same. The work of the speed benchmark.
     "even": (lambda prompt, reply: share(reply, 2), 0.9, 40, dict(response_length=32)),
-    # Returns of scale 100, which no setting may feel.
-    "even-100": (lambda prompt, reply: 100 * share(reply, 2), 90, 40, dict(response_length=32)),
     # Sparse: the last token alone, one in eight at first.
     "last": (lambda prompt, reply: float(reply[-1] % 8 == 0), 0.9, 60, dict(response_length=16)),
     # The credit of one early token: what follows is noise.
@@ -67,7 +64,7 @@ def run(task: str, seed: int, rate: float, changes: dict) -> dict:
     betas, eps = (0.9, changes.pop("beta2", 0.999)), changes.pop("eps", 1e-5)
     if critic == "none":  # V stays the running mean of the returns
         changes["vf_coef"] = 0.0
-    is_dense = task.startswith("even")
+    is_dense = task == "even"
     vocabulary, prompt_length = (128, 16) if is_dense else (32, 8)
     size = dict(n_layer=4, n_embd=128, n_head=4) if is_dense else dict(n_layer=2, n_embd=64, n_head=4)
     torch.manual_seed(0)

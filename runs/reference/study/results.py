@@ -1,6 +1,6 @@
 """What the CSVs of this folder say, as tables. It needs nothing but Python, so that plot.py runs without torch.
 
-    python runs/reference/study/results.py details        # or penalty, baselines, rates, step_size, bugs, ...
+    python runs/reference/study/results.py details        # or penalty, baselines, rates, bugs, ...
 
 A CSV may hold runs by several versions of ppo_llm.py: each is a table of its own, and its runs are only compared with
 one another.
