@@ -20,10 +20,11 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
   3. Log-probabilities and values: a forward pass of the policy gives both for every token of the replies; a critic
      that is a model of its own takes a second pass. A frozen copy of the first policy, the reference, gives its own
      log-probabilities (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is its score less β·KL. A return is the sum of the rewards from a token on, a
-     value V is what the critic predicts of it, an advantage is how much better it went than predicted. With
-     γ = λ = 1, the defaults, an advantage is the return less V, before it is scaled (`compute_advantages`).
-  5. Update: several epochs of minibatches on the clipped surrogate and the value loss (`ppo_update`).
+  4. Advantages: the reward of a token is its score less β·KL, the price of leaving the reference. A return is the sum
+     of the rewards from a token on. A value V is the critic's prediction of the return. An advantage is how much better
+     it went than predicted: with γ = λ = 1, the defaults, the return less V, then scaled (`compute_advantages`).
+  5. Update: several epochs of minibatches on the policy loss, PPO's clipped surrogate, and the value loss
+     (`ppo_update`).
   6. Metrics: what happened, as means over replies or over trained tokens (`rollout_metrics`).
 
 Ours, not PPO's:
@@ -36,7 +37,7 @@ Ours, not PPO's:
 - All random numbers of an update come from (seed, update), and the order of the prompts from (seed, pass), so that a
   resumed run needs no state of any generator.
 
-Left out on purpose: top-k and top-p. They change the distribution that is sampled, and with it every ratio.
+Left out on purpose: top-k and top-p. They change what is sampled, and π_old would no longer be its probability.
 
 Shapes: B replies, P prompt tokens (padded on the left), T reply tokens (padded on the right), V vocabulary (elsewhere V
 is the value); b are the replies of a micro-batch. Everything of the RL part is aligned to the reply, [B, T].
@@ -60,10 +61,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. The mathematics: pure functions of tensors, to be copied out with those of them that they call.
-#    A mask is True on the tokens that the policy wrote. It may have holes: text inside a reply that an environment
-#    wrote, such as the output of a tool. Cells outside the mask may hold anything, even NaN, and change nothing (but
-#    for scores: see `token_rewards`): torch.where drops what they hold, where a multiplication by 0 would keep NaN.
+# The mathematics: pure functions of tensors, to be copied out with those of them that they call.
+#
+# A mask is True on the tokens that the policy wrote. It may have holes: text inside a reply that an environment wrote,
+# such as the output of a tool. Cells outside the mask may hold anything, even NaN, and change nothing (but for scores:
+# see `token_rewards`): torch.where drops what they hold, where a multiplication by 0 would keep NaN.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -128,8 +130,8 @@ def kl_estimate(
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
-    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward, k1 gives the policy gradient of the true
-    KL. KeyError for any other kind.
+    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: of the three only it gives, on
+    average, the gradient of the KL itself. KeyError for any other kind.
     """
     d = logprobs - ref_logprobs
     return {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d}[kind]
@@ -158,8 +160,8 @@ def token_rewards(
     """
     T = mask.shape[1]
     if scores.ndim == 1:
-        scores = F.pad(scores.unsqueeze(1), (T - 1, 0))  # in the last column, from where it goes to its earner
-    # [B, T], the last written token up to each, -1 before the first: of the mask 0 1 1 0 0 1 it is -1 1 2 2 2 5.
+        scores = F.pad(scores.unsqueeze(1), (T - 1, 0))  # in the last column; below it moves to the last written token
+    # [B, T], for each column the last written token up to it, -1 if none: the mask 0 1 1 0 0 1 gives -1 1 2 2 2 5.
     earner = torch.where(mask, torch.arange(T, device=mask.device), -1).cummax(1).values
     scores = torch.where(earner >= 0, scores, 0.0)
     rewards = torch.zeros_like(scores).scatter_add(1, earner.clamp(min=0), scores)
@@ -181,8 +183,8 @@ def gae(
 
     values[:, t] is V of the state before token t: of the prompt and the reply so far. After the last token V is 0, even
     if the reply was cut off at its longest. With λ = 1 a return is the sum of the rewards from its token on, discounted
-    by γ; below 1 it leans on the next values. Time runs over the tokens of the mask: a hole takes none. Other cells of
-    both results are 0.
+    by γ. Below 1 the values of the next tokens take the place of a part of the later rewards: less noise, but the
+    errors of the critic. Time runs over the tokens of the mask: a hole takes none. Other cells of both results are 0.
     """
     next_advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = torch.zeros_like(values)
@@ -206,10 +208,10 @@ def policy_loss(
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
     A is the advantage: a token that went better than predicted, A > 0, is made likelier, one that went worse less
-    likely. The prediction changes no gradient on average, it takes noise away. One batch is used for several steps,
-    after the first of which the policy is no longer the one that sampled it: ρ corrects for that, and the clip takes
-    away what would be gained by going far. A token whose ρ has left [1-ε, 1+ε] in the direction that A asks for has no
-    gradient any more; one that has left it in the other direction keeps its gradient.
+    likely. To subtract the prediction V leaves the average gradient as it is, with less noise. One batch is used for
+    several steps, after the first of which the policy is no longer the one that sampled it: ρ corrects for that, and
+    with the clip nothing is gained by moving ρ further than ε from 1. A token whose ρ has left [1-ε, 1+ε] in the
+    direction that A asks for has no gradient any more; one that has left it in the other direction keeps its gradient.
 
     cliprange_high: upper ε; None: the lower (clip-higher, DAPO, arXiv 2503.14476).
     stats: means over the mask of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
@@ -248,10 +250,10 @@ def value_loss(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. The settings of the algorithm
+# The settings of the algorithm
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A type, what is expected of a setting of it, and the test of that. Part I does not apply the tests, Part II does.
+# Each is a type, its allowed values in words, and the test for them. Only Part II runs the tests.
 Count = Annotated[int, "1 or more", lambda x: x >= 1]
 Whole = Annotated[int, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
@@ -273,7 +275,7 @@ class PPOConfig:
     # KL penalty (Ziegler et al. 2019).
     kl_coef: NotNegative = 0.05  # β, weight of the KL to the first policy, score units per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = d, k2 = d²/2, k3 = e^-d - 1 + d, d = log π - log π_ref
-    kl_target: Positive | None = None  # KL, nats per reply, that an adaptive β aims at; None: β is fixed
+    kl_target: Positive | None = None  # KL to the first policy, nats per reply, for an adaptive β; None: β is fixed
     kl_horizon: Positive = 10000.0  # replies over which the adaptive β moves by about a fifth
 
     # Advantages.
@@ -284,21 +286,21 @@ class PPOConfig:
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
     num_mini_batches: Count = 4  # optimizer steps per pass
-    micro_batch_size: Count = 16  # replies computed at a time, b; logits take 3 × b × T × V × 4 bytes, V the vocabulary
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up, towards 0
-    warmup_updates: Whole = 0  # updates of linear learning-rate warm-up, from the first on, the critic's own too
+    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits take 3·b·T·V·4 bytes, V the vocabulary
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # of each learning rate, after the warm-up
+    warmup_updates: Whole = 0  # first updates, in which learning rates rise linearly; the critic's warm-up counts too
     max_grad_norm: Positive = 1.0  # gradient clipping
     cliprange: Positive = 0.2  # ε of the ratio
     cliprange_high: Positive | None = None  # upper ε (clip-higher, DAPO); None: the same ε
     cliprange_value: Positive | None = None  # ε of the value clip, in units of the critic; None: off
     vf_coef: NotNegative = 0.3  # c1, weight of the value loss
     ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus, against settling too early; 0: not computed
-    target_kl: Positive | None = 1.0  # KL(old ‖ new), nats per token, that ends an update; None: off
+    target_kl: Positive | None = 1.0  # not kl_target: KL(old ‖ new), nats per token, that ends an update; None: off
     critic_warmup_updates: Whole = 0  # first updates, of the critic alone: its head, and its own model if any
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. The data, and the actor with its value head
+# The data, and the actor with its value head
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -312,14 +314,14 @@ class Prompt:
 class Rollout:
     """The replies of one update and all that is computed for them, on the CPU. What is None is filled in step by step.
 
-    Rewards, values and returns are in units of the score. Advantages are divided by the critic's unit (`Actor.unit`),
-    then whitened if that is asked for.
+    Queries and responses are prompts and replies, by TRL's names. Rewards, values and returns are in units of the
+    score. Advantages are divided by the critic's unit (`Actor.unit`), then whitened if that is asked for.
     """
     queries: Tensor  # [B, P] int, prompt tokens, padded on the left
     query_mask: Tensor  # [B, P] bool, False on that padding
     responses: Tensor  # [B, T] int, reply tokens, padded on the right with any token
-    present: Tensor  # [B, T] bool, False on that padding
-    mask: Tensor  # [B, T] bool, True on the tokens that the policy wrote and is trained on; never on padding
+    present: Tensor  # [B, T] bool, False on that padding, True on all else, also on what a tool wrote
+    mask: Tensor  # [B, T] bool, True on the tokens that are trained on: those present that the policy wrote
     sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, only compared with `logprobs`
     logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
@@ -328,7 +330,7 @@ class Rollout:
     rewards: Tensor = None  # [B, T] score less β·KL
     sampled_returns: Tensor = None  # [B, T] the discounted sum of the rewards from each token on
     advantages: Tensor = None  # [B, T]
-    returns: Tensor = None  # [B, T] what the critic should have predicted
+    returns: Tensor = None  # [B, T] what the critic is trained to predict, A + V: at λ = 1 the sampled returns
 
     def replies(self):
         """The tokens of each reply, without padding."""
@@ -347,8 +349,8 @@ class Rollout:
 
 # Every process holds the whole rollout and computes some rows of it, with 0 in the others: their sum is the whole. With
 # one process the next two functions change nothing. With several, the group must take tensors of CPU and GPU
-# ("cpu:gloo,cuda:nccl"), and who spreads the model over them must add gradients up, not average them: in Part II that
-# is FSDP2.
+# ("cpu:gloo,cuda:nccl"). Part I does not add up their gradients: what spreads the model over them must, as a sum, not a
+# mean. In Part II that is FSDP2.
 
 
 def world():
@@ -409,7 +411,7 @@ class Actor(nn.Module):
     ):
         super().__init__()
         self.dtype = dtype
-        self.lm = lm.eval()  # no dropout: the first ratio would not be 1. Ends transformers' own checkpointing, too
+        self.lm = lm.eval()  # no dropout, else the first ratio is not 1; no gradient checkpointing either
         self.critic = None if critic is None else critic.base_model.eval()
         for name, weight in self.named_parameters():
             if weight.requires_grad and weight.dtype.itemsize < 4:
@@ -432,14 +434,14 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def fit_returns(self, spread: float, shift: float):
-        """Make `spread`, the standard deviation of the returns, the critic's unit, if it is the first or larger than
-        all before; no V changes by that. Then move every V by `shift`, what the returns are above V on average.
+        """If `spread`, the standard deviation of the returns, is the first or the largest so far, make it the critic's
+        unit, without a change of any V. Then add `shift`, the mean of return less V, to every V.
 
         After PopArt, arXiv 1809.04474. Errors of the critic then have mean 0 and a size of about 1, whatever the scores
         are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the
         weights that critic and policy share. Once known, the unit never shrinks: a policy that has learned gives almost
-        equal returns, and a small change of them must not become a huge error. So an outlier widens it for good: clip
-        rewards that may have some.
+        equal returns, and a small change of them must not become a huge error. So an outlier makes it too large for
+        good: clip scores that may have outliers.
         """
         before = float(self.unit)
         self.spread.clamp_(min=spread)
@@ -488,7 +490,7 @@ class Actor(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. The rollout: replies, log-probabilities and values, advantages
+# The rollout: replies, log-probabilities and values, advantages
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -545,7 +547,7 @@ def decode(
     ids, attention, uniform = queries.to(device), query_mask.to(device), uniform.to(device, wide)
     stop = ids.new_tensor(stop_ids)
     tokens, logprobs, cache = [], [], None
-    with actor.autocast():  # it keeps rounded copies of trained weights until it ends
+    with actor.autocast():  # around the loop: until it ends, it keeps its rounded copies of trained weights
         for t in range(uniform.shape[1]):
             output = actor.run(actor.lm, ids, attention, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1] / temperature  # [b, V]
@@ -602,14 +604,14 @@ def compute_advantages(
     actor.fit_returns(float(spread) if spread >= rounding else 0.0, float(shift))
     rollout.values += shift  # what the actor says from now on
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
-    advantages[advantages.abs() < rounding] = 0  # else whitening would blow them up
+    advantages[advantages.abs() < rounding] = 0  # noise around 0, which masked_whiten would blow up
     rollout.advantages = advantages / float(actor.unit)  # matters where they are not whitened
     if cfg.whiten_advantages:
         rollout.advantages = masked_whiten(rollout.advantages, mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. The update
+# The update
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -653,7 +655,7 @@ def ppo_update(
             for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
                 share = int(rollout.mask[rows].sum()) / tokens
                 mean, stats = loss(actor, batch, cfg)
-                (share * mean).backward()  # gradients add up, over processes too, to that of the mean of the step
+                (share * mean).backward()  # gradients add up, by FSDP2 over processes, to that of the mean of the step
                 for name, x in stats.items():
                     sums[name] += share * x.detach()
             step = dict(zip(sums, all_sum(torch.stack([*sums.values()])).tolist()))
@@ -675,7 +677,7 @@ def ppo_update(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. The loop
+# The loop
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -702,7 +704,7 @@ def ppo(
     four samples, each (prompt, token ids of the reply, score, KL in nats).
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
-    optimizer: of any groups of parameters. In each update every group gets its own first rate times the schedule.
+    optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
     score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats on the
     CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the rollout, by default
     cfg.response_length; metrics are floats by name, to be logged. Where there are several processes, all must get the
@@ -745,7 +747,7 @@ def ppo(
         scores = scores.to(rollout.sampler_logprobs.dtype)
         clock.append(time.perf_counter())
 
-        # 3. Log-probabilities and values of every token.
+        # 3. Log-probabilities and values of every trained token.
         fill_logprobs_and_values(actor, ref, rollout, cfg)
 
         # 4. Advantages.
@@ -767,6 +769,7 @@ def ppo(
             **own_metrics,
             **stats,
         }
+        # "reward" is step 2, "evaluate" steps 3 and 4.
         for phase, start, end in zip(("generate", "reward", "evaluate", "update"), clock, clock[1:]):
             metrics[f"time/{phase}"] = end - start
         progress.update = update
@@ -897,7 +900,7 @@ def foreign(what):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. The settings of a run
+# The settings of a run
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -950,7 +953,7 @@ class Config(TaskConfig, PPOConfig, RunConfig):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Prompts and rewards
+# Prompts and rewards
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1184,7 +1187,7 @@ class Task:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. Models
+# Models
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1255,7 +1258,7 @@ def make_optimizer(cfg: Config, actor: Actor):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. Several processes: torchrun and FSDP2
+# Several processes: torchrun and FSDP2
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1290,7 +1293,7 @@ def shard(model: nn.Module | None, reshard: bool):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 11. The folder of a run: logs, checkpoint, resume
+# The folder of a run: logs, checkpoint, resume
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -1376,7 +1379,7 @@ def resume(task: Task, initial: dict):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 12. Training
+# Training
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1627,7 +1630,7 @@ def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, ev
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 13. The demo: delete it, and a trainer is left
+# The demo: delete it, and a trainer is left
 # ----------------------------------------------------------------------------------------------------------------------
 
 GOOD = "superb moving charming funny clever".split()
@@ -1705,7 +1708,7 @@ def demo_task(seed, steps=160):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 14. The command line
+# The command line
 # ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,8 @@
 
 The sections mirror the source. The first, on the mathematics, can be read as its specification: it is tested in
 float64, on ragged batches whose other cells hold NaN, inf and huge numbers, against brute force, theorems or values
-worked out by hand. Errors are largest absolute differences. From section 7 on, models are tiny and random, and one
-character is one token. `pytest -m "not slow"` leaves out whole runs in subprocesses.
+worked out by hand. Errors are largest absolute differences. From the settings of a run on, models are tiny and
+random, and one character is one token. `pytest -m "not slow"` leaves out whole runs in subprocesses.
 """
 
 import ast
@@ -167,7 +167,7 @@ def test_the_size_is_kept():
 # A deleted all_sum changes nothing in one process: the slow tests of several kill it.
 
 
-# --------------------------------------------------------------------------------------------------- 1. the mathematics
+# ------------------------------------------------------------------------------------------------------ the mathematics
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 6))
@@ -638,7 +638,7 @@ def watched(patch, owner, name, note):
     return notes
 
 
-# ------------------------------------------------------------------------------------- 2, 3. the data, and the actor
+# ---------------------------------------------------------------------------------------------- the data, and the actor
 
 
 @pytest.mark.parametrize("holes", [False, True])
@@ -768,7 +768,7 @@ def test_half_precision_weights_are_refused_if_trained(dtype):
     assert {x.dtype for x in said} == {torch.float32}
 
 
-# ------------------------------------------------------------------------------------------------------- 4. the rollout
+# ---------------------------------------------------------------------------------------------------------- the rollout
 
 
 @pytest.mark.parametrize("stop_ids", [[STOP], [STOP, 4], []])
@@ -881,7 +881,7 @@ def test_metrics_are_means_over_the_trained_tokens(seed, holes):
     assert P.rollout_metrics(rollout, scores) == pytest.approx(expected, abs=1e-9)
 
 
-# -------------------------------------------------------------------------------------------------------- 5. the update
+# ----------------------------------------------------------------------------------------------------------- the update
 
 ENVIRONMENT = real([0.5, 0.3, 0.2])  # the probabilities of the tokens that it writes
 
@@ -1287,7 +1287,7 @@ def test_an_empty_reply_counts_for_nothing():
     assert error(weights_of(actor), weights_of(other)) < 1e-12
 
 
-# ---------------------------------------------------------------------------------------------------------- 6. the loop
+# ------------------------------------------------------------------------------------------------------------- the loop
 
 
 def fours(prompts, replies):
@@ -1785,7 +1785,7 @@ def replies_of(task):
         )
 
 
-# ------------------------------------------------------------------------------------------ 7. the settings of a run
+# ------------------------------------------------------------------------------------------------ the settings of a run
 
 SOUND = "--model model --prompts letters.txt --reward rewards.py:worth --response-length 8 --num-updates 1"
 BAD = {  # what is added to the sound command: what the one line says
@@ -1993,7 +1993,7 @@ def test_what_saves_memory_or_a_checkpoint_changes_nothing_else(flag, run_with):
     assert error(weights_of(policy), weights_of(run_with()[1])) < 5e-3
 
 
-# --------------------------------------------------------------------------------------------- 8. prompts and rewards
+# -------------------------------------------------------------------------------------------------- prompts and rewards
 
 
 def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
@@ -2430,7 +2430,7 @@ def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monke
         assert outcome(tmp_path / "x") == outcome(finished)
 
 
-# ---------------------------------------------------------------------------------------------------------- 9. models
+# --------------------------------------------------------------------------------------------------------------- models
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -2559,7 +2559,7 @@ def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch):
     assert taken == [3, "cpu:gloo,cuda:nccl"]
 
 
-# ------------------------------------------------------------------------------------------- 11. the folder of a run
+# -------------------------------------------------------------------------------------------------- the folder of a run
 
 # A run with everything that has a state: a critic of its own, an adaptive β, a warm-up, a decaying learning rate.
 STATEFUL = (
@@ -2918,7 +2918,7 @@ def test_all_is_on_the_device_and_the_host_seldom_waits():
         assert 20 < sum(n for name, n in waits.items() if "_ignore_causal_mask_sdpa" in name) / 2 < 70
 
 
-# ------------------------------------------------------------------------------------------- 10. several processes
+# ---------------------------------------------------------------------------------------------------- several processes
 
 
 def torchrun(count, function, *folders):
