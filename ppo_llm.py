@@ -867,6 +867,7 @@ import tempfile
 import textwrap
 import traceback
 import typing
+import warnings
 from pathlib import Path
 
 from torch.distributed.checkpoint import state_dict as dcp
@@ -915,7 +916,7 @@ class TaskConfig:
     reward_weights: tuple[float, ...] = ()  # of each --reward, then --reward-model; 0 measures only; none: all 1
     missing_eos_penalty: NotNegative = 0.0  # subtracted from the score of a reply that no stop token ends
     eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
-    stop_token: tuple[str, ...] = ()  # text of a token that ends a reply, beside the model's EOS
+    stop_token: tuple[str, ...] = ()  # text of a token that ends a reply, beside the model's EOS; "." is not " ."
 
 
 @dataclass(frozen=True)
@@ -980,8 +981,8 @@ def encode(tokenizer, rows, vocabulary, room):
     columns = dict.fromkeys(key for row in rows for key in row)
     prompts = []
     for row in rows:
-        text = row.get("prompt")
         with about(f"the prompt {row!r:.300}: expected a text, or chat messages, under prompt"):
+            text = row["prompt"]
             if isinstance(text, str):
                 ids = tokenizer(text)["input_ids"]
                 bare = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -1077,7 +1078,9 @@ def ask(reward: Callable, columns: dict):
         if inspect.isawaitable(answers):
             answers = asyncio.run(answers)
         scores = []
-        for answer, ids in zip(answers[:], columns["completion_ids"], strict=True):  # neither a dict nor a set
+        with about(f"expected a list, an answer to each of {len(prompts)} replies"):
+            pairs = [*zip(answers[:], columns["completion_ids"], strict=True)]  # neither a dict nor a set
+        for answer, ids in pairs:
             x = torch.as_tensor(math.nan if answer is None else answer, dtype=torch.float32).detach()
             if x.ndim == 0:
                 x = F.pad(x.view(1), (len(ids) - 1, 0))
@@ -1284,6 +1287,7 @@ def shard(model: nn.Module | None, reshard: bool):
 
     if model is None or world()[1] == 1:
         return
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of what is not done here
     for x in model.state_dict().values():
         dist.broadcast(x, 0)
     for module in (*reversed(layers_of(model)), model):
@@ -1325,13 +1329,13 @@ def save(task: Task):
     file.replace(task.run / "checkpoint.pt")
 
 
-def fingerprint(cfg: Config, model, prompts):
-    """What must be the same on a resume, besides the settings: another model must not become the reference unseen."""
+def fingerprint(model, prompts):
+    """What must be the same on a resume, besides the settings: another model must not become the reference unseen. The
+    file of a reward need not: what is wrong in it may be mended."""
     weights = [
         hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy()).digest() for x in model.state_dict().values()
     ]
-    files = [Path(spec.rpartition(":")[0]).read_bytes() for spec in cfg.reward]
-    parts = {"the model": weights, "the prompts": prompts, "the file of the reward": files}
+    parts = {"the model": weights, "the prompts": prompts}
     return {name: hashlib.sha256(repr(x).encode()).hexdigest() for name, x in parts.items()}
 
 
@@ -1351,8 +1355,7 @@ def resume(task: Task, initial: dict):
     for name in now.keys() - MAY_CHANGE:
         if now[name] != before[name]:
             raise ValueError(
-                f"--resume: {name} is not what the run began with (a model that was trained must be loaded anew); "
-                f"only {', '.join(MAY_CHANGE)} may change"
+                f"--resume: not what the run began with: {name}; only {', '.join(MAY_CHANGE)} may change"
             )
     sizes = dict.fromkeys(LOGS, 0)
     path = task.run / "checkpoint.pt"
@@ -1449,8 +1452,7 @@ def prepare(
     weights = cfg.reward_weights or [1.0] * len(rewards)
     if not any(weights) or len(rewards) != len(weights):
         raise ValueError(
-            "a model needs a reward: expected --reward FILE.py:FUNCTION or --reward-model NAME, "
-            "and as many --reward-weights, not all 0, or none"
+            "expected --reward FILE.py:FUNCTION or --reward-model NAME, and as many --reward-weights or none, not all 0"
         )
     room = most_tokens(model) - cfg.response_length
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -1458,12 +1460,12 @@ def prepare(
     held_out = encode(tokenizer, eval_prompts or load_prompts(cfg.eval_prompts), vocabulary, room)
     if not held_out:
         distinct = {str(prompt.ids): prompt for prompt in train_prompts}
-        for key in random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 10)):
+        for key in random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 20 * 2)):  # 2 or more, or none
             held_out.append(distinct.pop(key))
         train_prompts = [prompt for prompt in train_prompts if str(prompt.ids) in distinct]
     if not train_prompts:
         raise ValueError("there is no prompt to train on: expected --prompts FILE")
-    initial = fingerprint(cfg, model, train_prompts + held_out)
+    initial = fingerprint(model, train_prompts + held_out)
     with about(f"{type(model).__name__} cannot be trained here: expected a causal language model of transformers"):
         actor, ref = make_actors(cfg, model, device, dtype)
     # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. The value head's do
@@ -1478,7 +1480,10 @@ def prepare(
     if not {*cfg.stop_token} <= {*texts}:
         raise ValueError(f"--stop-token {cfg.stop_token}: expected each to be the text of one token of this tokenizer")
     stop_ids |= {i for i, text in enumerate(texts) if text in cfg.stop_token}
-    run = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")).expanduser()
+    place = [cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(place)  # the folder of the first process is that of all
+    run = Path(place[0]).expanduser()
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer,
         train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids)
@@ -1561,7 +1566,7 @@ def run_task(task: Task):
 
     cfg, run, progress = task.cfg, task.run, task.progress
     is_first = world()[0] == 0
-    bar = tqdm(total=cfg.num_updates, initial=progress.update, dynamic_ncols=True, disable=not is_first)
+    bar = tqdm(total=cfg.num_updates, initial=progress.update, disable=not is_first)
 
     def log(metrics, samples, held_out):
         rows = [
@@ -1624,7 +1629,8 @@ def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, ev
     prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
     f(prompts, completions, **columns) that give, for each reply, a number, a list of one for each of its tokens, or
     None. model, tokenizer: of transformers; this model is trained.
-    Raises whatever is wrong, with notes that say what it is about. KeyboardInterrupt: see `run_task`.
+    Raises whatever is wrong, with notes that say what it is about. KeyboardInterrupt: see `run_task`. To go on with a
+    run, call it again with the same arguments, the model loaded anew, and the folder as `resume` of cfg.
     """
     return run_task(prepare(cfg, prompts, reward, model, tokenizer, eval_prompts))
 

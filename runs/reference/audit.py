@@ -1,13 +1,14 @@
-"""Computes again, from the rows, every number that the README and the pages of this folder state.
+"""Computes again, from the rows, the tables of the pages of this folder and what the README says of results.
 
     python runs/reference/audit.py             # lists what differs, and numbers of the README's results it cannot make
     python runs/reference/audit.py --write     # puts the tables of the rows into the pages
+    python runs/reference/audit.py details     # prints a table
 
-A table stands in its page between <!-- rows: NAME --> and <!-- end -->. A sentence is written below as the page has it,
-with its numbers computed. It needs nothing but Python; tests run it.
+A table stands in its page between <!-- rows: NAME --> and <!-- end -->. A sentence is written below as the README has
+it, with its numbers computed. It needs nothing but Python; tests run it.
 """
 import contextlib
-import csv
+import difflib
 import io
 import itertools
 import json
@@ -33,23 +34,18 @@ def pm(xs, digits=2) -> str:
     return "{:.{}f} ± {:.{}f}".format(*(x for y in results.mean_and_error([*xs]) for x in (y, digits)))
 
 
-def runs(name: str, commit: str, task: str, change: str) -> list[dict]:
-    found = results.read(results.read_rows(HERE / "study" / f"{name}.csv")[commit])
+def runs(name: str, task: str, change: str, commit: str | None = None) -> list[dict]:
+    """By this commit, or by that which has most rows."""
+    path = HERE / "study" / f"{name}.csv"
+    found = results.read(results.read_rows(path)[commit] if commit else results.largest(path))
     return [run for (t, c, _), run in found.items() if (t, c) == (task, change)]
 
 
-def demos() -> dict[str, list[float]]:
-    """Columns of demo-seeds.csv."""
-    with open(HERE / "demo-seeds.csv", newline="") as file:
-        rows = [*csv.DictReader(file)]
-    return {name: [float(row[name]) for row in rows] for name in rows[0] if name != "commit"}
-
-
 def learning(name: str) -> dict[tuple, list[dict]]:
-    """{(commit, change, task, rate): rows} of learning/NAME.jsonl."""
+    """{(change, task, rate): rows} of learning/NAME.jsonl."""
     groups = defaultdict(list)
     for row in read_lines(HERE / "learning" / f"{name}.jsonl"):
-        groups[row["commit"], row["change"], row["task"], row["rate"]].append(row)
+        groups[row["change"], row["task"], row["rate"]].append(row)
     return groups
 
 
@@ -63,7 +59,7 @@ def replies(rows: list[dict]) -> float:
 
 def losses(change: str) -> str:
     """What a change of the study `details` loses of a run of demo, sums and ends, in percent."""
-    found = results.read(results.read_rows(HERE / "study" / "details.csv")["0574b0b"])
+    found = results.read(results.largest(HERE / "study" / "details.csv"))
     xs = [pm((-x for x in results.worth(found, task, change)["mean"]), 0) for task in ("demo", "sums", "ends")]
     return "{}, {} and {}%".format(*xs)
 
@@ -82,7 +78,7 @@ def even() -> str:
     ours, theirs = learning("even"), learning("trl")
     lines = ["| learning rate | ours | TRL | ours, s | TRL, s |", "|---|---|---|---|---|"]
     for rate in (3e-4, 1e-3, 3e-3, 1e-2):
-        both = ours["0574b0b", "default", "even", rate], theirs["0574b0b", "TRL", "even", rate]
+        both = ours["default", "even", rate], theirs["TRL", "even", rate]
         counts = [f"{replies(x):.0f} ({min(r['samples'] for r in x)}–{max(r['samples'] for r in x)})" for x in both]
         seconds = [f"{fmean(row['seconds'] for row in x):.0f}" for x in both]
         lines.append(f"| {rate} | {' | '.join(counts + seconds)} |")
@@ -117,8 +113,8 @@ def each() -> str:
     found, tasks = learning("each"), "even last first length kl".split()
     lines = [f"| default | instead | {' | '.join(f'`{task}`' for task in tasks)} | |", "|---" * 8 + "|"]
     for change, words in EACH.items():
-        groups = [found["0574b0b", change, task, 3e-3] for task in tasks]
-        base = [replies(found["0574b0b", "default", task, 3e-3]) for task in tasks]
+        groups = [found[change, task, 3e-3] for task in tasks]
+        base = [replies(found["default", task, 3e-3]) for task in tasks]
         cells = [f"{replies(rows):.0f}" + "\\*" * (None in [row["samples"] for row in rows]) for rows in groups]
         ratio = fmean(replies(rows) / x for rows, x in zip(groups, base))
         lines.append(f"| {words} | {' | '.join(cells)} | {ratio:.2f} |")
@@ -186,53 +182,54 @@ def kind() -> str:
 
 
 def sentences():
-    """Yields (page, what it says)."""
-    now = demos()
-    yield README, (
-        f"Over fifteen seeds, 1 to 5 and 100 to 109, the held-out score rises from {pm(now['score_before'])} to "
-        f"{pm(now['score'])} at a KL of {fmean(now['kl']):.1f} nats and a fluency of {pm(now['fluency'], 3)}."
+    """Yields what the README says."""
+    demos = runs("demo", "demo", "defaults")
+    before, after, kl, fluency = ([run[name] for run in demos] for name in ("before", "score", "kl", "fluency"))
+    yield (
+        f"Over fifteen seeds, 1 to 5 and 100 to 109, the held-out sentiment rises from {pm(before)} to {pm(after)} at a KL "
+        f"of {fmean(kl):.1f} nats and a fluency of {pm(fluency, 3)}."
     )
-    others = [run for name in ("details", "baselines") for run in runs(name, "f0e94a8", "demo", "defaults")]
-    broken = [run["fluency"] for run in others if run["fluency"] < 0.85]
-    assert len(broken) == 1
-    yield README, f"Of {len(others)} other seeds one ended in broken sentences, at a fluency of {broken[0]:.2f}."
+    others = [run for name in ("details", "trl") for run in runs(name, "demo", "defaults", "de3c292")]
+    older = runs("details", "demo", "defaults", "f0e94a8")
+    assert [sum(run["fluency"] < 0.85 for run in part) for part in (others, older)] == [0, 1]
+    yield f"None of {len(others)} other seeds ended in broken sentences, but one of {len(older)} by an older version."
     for row in read_lines(HERE / "demo" / "metrics.jsonl"):
         if "eval/score" in row:
             names = ["score", "reply/ended", "rewards/sentiment", "rewards/fluency", "kl"]
             means = (f"{n.split('/')[-1]} {row[f'eval/{n}']:z.2f} ± {row[f'eval/{n}_se']:.2f}" for n in names)
-            yield README, f"Held-out, update {row['update']}: {', '.join(means)}"
+            yield f"Held-out, update {row['update']}: {', '.join(means)}"
     folders = sorted((HERE / "smollm2").glob("sums-1-20-right-*"))
     held_out = [[row for row in read_lines(x / "metrics.jsonl") if "eval/score" in row] for x in folders]
     first, last = (
         ", ".join(f"{100 * rows[i]['eval/score']:.0f}" for rows in held_out) for i in (0, -1)
     )
-    yield README, (
+    yield (
         f"- SmolLM2-135M learns sums of pairs from 1 to 20: of 120 that it never trains on {first}% are right before "
         f"and {last}% after {held_out[0][-1]['update'] * 128:,} replies"
     )
-    count = len(runs("critic", "b87ddd1", "early-128", "critic"))
+    count = len(runs("critic", "early-128", "critic"))
     ends = {
-        task: [pm(run["J"] for run in runs("critic", "b87ddd1", task, change))
+        task: [pm(run["J"] for run in runs("critic", task, change))
                for change in ("critic", "no critic", "group mean")]
         for task in ("early-128", "end-128")
     }
-    yield README, (
+    yield (
         "- Replies of 128 tokens: where one early token is scored, J, score − β·KL, ends at {} with a critic, {} "
         "without and {} with a group's mean; ".format(*ends["early-128"])
         + "where all are, at the end, at {}, {} and {} ({} seeds).".format(*ends["end-128"], count)
     )
     both = [
         fmean(results.replies_to_goal(run, results.GOALS[task])
-              for run in runs("critic", "b87ddd1", f"{task}-128", "critic"))
+              for run in runs("critic", f"{task}-128", "critic"))
         for task in ("every", "end")
     ]
-    yield README, (
+    yield (
         "Each token paid at once takes {:.0f} replies to a goal in place of {:.0f}, with a critic.".format(*both)
     )
-    yield README, (
+    yield (
         f"- One epoch in place of four loses {losses('1 epoch')} of a run on three small tasks (ten seeds each)."
     )
-    yield README, f"- λ = 0.95 in place of 1 loses {losses('lam=0.95')}: replies there have 48 tokens at most."
+    yield f"- λ = 0.95 in place of 1 loses {losses('lam=0.95')}: replies there have 48 tokens at most."
 
 
 # ----------------------------------------------------------------------------------------------------------- the audit
@@ -241,6 +238,9 @@ def sentences():
 def main() -> int:
     wrong = []
     made = {table.__name__: table for table in (even, each, sums, kind, credit)}
+    if sys.argv[1:] not in ([], ["--write"]):
+        print(*(made[name]() if name in made else study(name) for name in sys.argv[1:]), sep="\n\n")
+        return 0
     for page in (INDEX, STUDY):
         text = page.read_text()
         parts = re.split(r"(<!-- rows: \S+ -->\n).*?(\n<!-- end -->)", text, flags=re.S)
@@ -251,15 +251,14 @@ def main() -> int:
         if "--write" in sys.argv:
             page.write_text(new)
         elif new != text:
-            old = text.splitlines()
-            wrong += [f"{page}: the rows say\n    {line}" for line in new.splitlines() if line not in old]
-    left = {page: " ".join(page.read_text().split()) for page in (README, INDEX, STUDY)}
-    for page, said in sentences():
+            wrong += difflib.unified_diff(text.splitlines(), new.splitlines(), str(page), "the rows", n=0, lineterm="")
+    left = " ".join(README.read_text().split())
+    for said in sentences():
         said = " ".join(said.split())
-        if said not in left[page]:
-            wrong.append(f"{page}: the rows say\n    {said}")
-        left[page] = left[page].replace(said, "")
-    claims = re.search(r"## Results(.*?)<details>", left[README]).group(1)
+        if said not in left:
+            wrong.append(f"{README}: the rows say\n    {said}")
+        left = left.replace(said, "")
+    claims = re.search(r"## Results(.*?)<details>", left).group(1)
     claims = re.sub(r"`[^`]*`|\([^()]*\.(md|csv|svg|py)[^()]*\)|commit \w+", "", claims)
     wrong += [f"{README}: no rows for the number {x}" for x in re.findall(r"\d[\d,.]*\d|\d", claims)]
     print("\n".join(wrong) or "all numbers are those of the rows")

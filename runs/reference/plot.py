@@ -178,7 +178,7 @@ def draw_critic(path: Path) -> Figure:
         "β·KL": lambda run, task: run["score"] - run["J"],
         "replies to the goal": lambda run, task: results.replies_to_goal(run, results.GOALS[task.split("-")[0]]),
     }
-    changes = [*dict.fromkeys(change for _, change, _ in found if "VC-PPO" not in change)]
+    changes = [*dict.fromkeys(change for _, change, _ in found)]
     figure = Figure(figsize=(8.6, 9.0), layout="constrained")
     for line, (name, value) in zip(figure.subplots(len(panels), 3, sharex=True, sharey="row"), panels.items()):
         for axes, (kind, title) in zip(line, kinds.items()):

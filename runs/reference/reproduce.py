@@ -14,8 +14,8 @@ from pathlib import Path
 
 TRL = "../../trl-venv/bin/python"
 DEMOS = "for i in 2 3 4 5; do python ../../ppo_llm.py --seed $i --output-dir demo-seed$i; done"
-GONE = "echo its settings or mistakes are those of commit 0574b0b: measure there && false"
-STUDY, TABLE, LEARN = "python study/study.py", "python study/results.py", "python learning/learning.py"
+GONE = "echo its mistakes are those of commit 0574b0b: measure there && false"
+STUDY, TABLE, LEARN = "python study/study.py", "python audit.py", "python learning/learning.py"
 EVEN = "--seeds 10 11 12 13 14 15 16 17 18 19 --tasks even"
 EACH = "--seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --each"
 SMOL = "cd ../.. && for i in 21 22 23; do python ppo_llm.py --model SmolLM2 --seed $i"  # see smollm2/smollm2.py
@@ -23,22 +23,21 @@ KIND = (f"{SMOL} --output-dir runs/reference/smollm2/kind-$i --prompts SmolLM2/o
         "--eval-prompts SmolLM2/held_out.txt --reward runs/reference/smollm2/smollm2.py:sentiment --response-length 16 "
         "--batch-size 64 --kl-coef 0.02 --learning-rate 1e-4 --target-kl 0.1 --num-updates 20; done")
 RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
-    "demo": ("5 min", "python plot.py demo demo-seed[2-5] -o demo.svg",
-             f"python ../../ppo_llm.py --output-dir demo && {DEMOS}"),  # into folders that are not there yet
-    "details": ("3 h", f"{TABLE} details && python plot.py study/details.csv", f"{STUDY} details"),
+    "demo": ("10 min", f"{TABLE} demo && python plot.py demo demo-seed[2-5] -o demo.svg",
+             f"{STUDY} demo && python ../../ppo_llm.py --output-dir demo && {DEMOS}"),  # into folders that are not there
+    "details": ("4 h", f"{TABLE} details && python plot.py study/details.csv", f"{STUDY} details"),
     "penalty": ("45 min", f"{TABLE} penalty && python plot.py study/penalty.csv", f"{STUDY} penalty"),
-    "baselines": ("80 min", f"{TABLE} baselines", f"{STUDY} baselines"),
-    "trl": ("90 min", f"{TABLE} trl", f"{TRL} study/trl_tasks.py --times 0.33333 1 3"),
+    "trl": ("100 min", f"{TABLE} trl", f"{STUDY} trl && {TRL} study/trl_tasks.py --times 0.33333 1 3"),
     "critic": ("9 h", f"{TABLE} critic && python plot.py study/critic.csv", f"{STUDY} critic"),
     "critic-rates": ("110 min", f"{TABLE} critic-rates", f"{STUDY} critic-rates"),
     "critic-fit": ("80 min", f"{TABLE} critic-fit", f"{STUDY} critic-fit"),
     "rates": ("30 min", f"{TABLE} rates", f"{STUDY} rates"),
-    "kind": ("40 min", "python audit.py && python plot.py smollm2/kind-2[1-3] -o smollm2/kind.svg", KIND),
+    "kind": ("40 min", f"{TABLE} kind && python plot.py smollm2/kind-2[1-3] -o smollm2/kind.svg", KIND),
     "bugs": ("gone", f"{TABLE} bugs", GONE),
-    "even": ("10 min", f"{LEARN} --table learning/even.jsonl", f"{LEARN} {EVEN} --out learning/even.jsonl"),
-    "even-trl": ("15 min", f"{LEARN} --table learning/trl.jsonl",
+    "even": ("10 min", f"{TABLE} even", f"{LEARN} {EVEN} --out learning/even.jsonl"),
+    "even-trl": ("15 min", f"{TABLE} even",
                  f"{TRL} study/trl_tasks.py --tasks even --rates 3e-4 1e-3 3e-3 1e-2 --seeds 10 11 12"),
-    "each": ("50 min", f"{LEARN} --table learning/each.jsonl", f"{LEARN} {EACH} --out learning/each.jsonl"),
+    "each": ("50 min", f"{TABLE} each", f"{LEARN} {EACH} --out learning/each.jsonl"),
     "killed": ("6 min", "", "python bench/kill.py 100"),
     "speed": ("15 min", "", "python bench/compare.py --updates 3"),
     "speed-trl": ("1 h", "", f"python bench/compare.py --trl {TRL} --updates 3"),

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 OURS = Path(__file__).parents[3] / "ppo_llm.py"
-# glibc keeps freed memory: without it each tensor costs its page faults again. The file did this itself up to 7e9c61c.
+# glibc keeps freed memory: without it each tensor costs its page faults again.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 SIZES = {
     "tiny": dict(n_layer=4, n_embd=128, n_head=4, vocab_size=128),
@@ -212,9 +212,7 @@ def measure(script: Path, model: Path, batch: int, reply: int, updates: int, *fl
     folder = Path(tempfile.mkdtemp(dir=model))
     task = ["--model", model, "--prompts", model / "prompts.jsonl", "--reward", f"{model}/even.py:even"]
     task += ["--batch-size", batch, "--response-length", reply, "--num-updates", updates]
-    knows_output_dir = "output_dir" in script.read_text()  # the file of commit 0574b0b and before does not
-    place = ["--output-dir", folder / "x"] if knows_output_dir else ["--runs-dir", folder, "--name", "x"]
-    _, memory = run(sys.executable, script, *task, *place, *flags)
+    _, memory = run(sys.executable, script, *task, "--output-dir", folder / "x", *flags)
     rows = [json.loads(line) for line in open(folder / "x" / "metrics.jsonl")]
     rows = [row for row in rows if "time/update" in row]
     return rows[1:], memory

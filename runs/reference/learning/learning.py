@@ -4,9 +4,8 @@
     python learning.py --seeds 10 11 12 13 14 15 16 17 18 19 --tasks even --out even.jsonl
     python learning.py --seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --each --out each.jsonl
     python learning.py --seeds 20 21 22 --change lam=0.95 vf_coef=1 --out mine.jsonl
-    python learning.py --table even.jsonl each.jsonl           # what was measured; --each: every default, changed alone
 
-Each run trains a GPT-2 from random weights, with one thread, until the mean score of three updates is above the goal of
+--each: every default, changed alone. ../audit.py makes tables of the rows. Each run trains a GPT-2 from random weights, with one thread, until the mean score of three updates is above the goal of
 its task. A row of the output says after how many samples and CPU seconds that was. A change is a field of PPOConfig,
 beta2 or eps of AdamW, or critic: separate or none. Runs by the same ppo_llm.py that the output holds are not repeated.
 ../study/trl_tasks.py adds TRL's rows.
@@ -17,7 +16,6 @@ import itertools
 import json
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
@@ -57,7 +55,7 @@ EACH = """
 
 
 def run(task: str, seed: int, rate: float, changes: dict) -> dict:
-    """Samples until the goal was reached, None if it never was, and what the critic explained from update 5 on."""
+    """Samples until the goal was reached, None if it never was, and CPU seconds."""
     score_one, goal, updates, settings = TASKS[task]
     changes = dict(changes)
     critic = changes.pop("critic", "shared")
@@ -81,34 +79,15 @@ def run(task: str, seed: int, rate: float, changes: dict) -> dict:
     actor = Actor(model, critic=copy.deepcopy(model) if critic == "separate" else None)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=rate, betas=betas, eps=eps, weight_decay=0.0, fused=True)
     stop_ids = [STOP] if task == "length" else []
-    scores, explained = [], []
+    scores = []
     samples = None
     started = time.process_time()
     for metrics, _ in ppo(actor, ref, optimizer, prompts, score, stop_ids, cfg, Progress(cfg.kl_coef)):
         scores.append(metrics["objective/scores"])
-        explained.append(metrics.get("val/explained_variance", 0.0))  # it is left out where all returns are equal
         if fmean(scores[-3:]) > goal and len(scores) >= 3:
             samples = len(scores) * cfg.batch_size
             break
-    late = sorted(explained[4:]) or [float("nan")]
-    return {"samples": samples, "seconds": time.process_time() - started, "explained": late[len(late) // 2]}
-
-
-def table(paths: list[str]) -> None:
-    """A line a commit, change and task: samples of each seed at each rate; mean CPU seconds and explained variance."""
-    for path in paths:
-        groups = defaultdict(lambda: defaultdict(list))  # of a commit, change and task: {rate: rows}
-        for line in Path(path).read_text().splitlines():
-            row = json.loads(line)
-            groups[row["commit"], row["change"], row["task"]][row["rate"]].append(row)
-        for (version, change, task), rates in groups.items():
-            cells = []
-            for rate, found in sorted(rates.items()):
-                samples = ", ".join(str(row["samples"] or "never") for row in found)
-                seconds = fmean(row["seconds"] for row in found)
-                explained = fmean(row["explained"] for row in found)
-                cells.append(f"{rate:g}: {samples} ({seconds:.1f} s, {explained:.2f})")
-            print(f"{version:8} {change:24} {task:9} {' | '.join(cells)}")
+    return {"samples": samples, "seconds": time.process_time() - started}
 
 
 def main() -> None:
@@ -119,10 +98,7 @@ def main() -> None:
     parser.add_argument("--change", nargs="+", default=[], help="NAME=JSON ...: all of them at once")
     parser.add_argument("--each", action="store_true", help="the defaults, then every change of EACH by itself")
     parser.add_argument("--out", type=Path, default=Path("learning.jsonl"))
-    parser.add_argument("--table", nargs="+", help="print these outputs, run nothing")
     args = parser.parse_args()
-    if args.table:
-        return table(args.table)
     torch.set_num_threads(1)
     done = set()
     if args.out.exists():

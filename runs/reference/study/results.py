@@ -1,13 +1,10 @@
-"""What the CSVs of this folder say, as tables. It needs nothing but Python, so that plot.py runs without torch.
-
-    python runs/reference/study/results.py details        # or penalty, baselines, rates, bugs, ...
+"""What the CSVs of this folder say, as tables. It needs nothing but Python: ../audit.py prints them, ../plot.py draws.
 
 A CSV may hold runs by several versions of ppo_llm.py: each is a table of its own, and its runs are only compared with
 one another.
 """
 import csv
 import math
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -107,22 +104,16 @@ def worth(results: dict, task: str, change: str) -> dict[str, list[float]]:
 
 
 def ends(results: dict) -> None:
-    """Markdown: where the runs of each change began and ended, means over seeds; of the demo, how many ended well."""
-    is_demo = any(task == "demo" for task, _, _ in results)
-    columns = ["change", "runs", "score before", "after", "KL"]
-    if is_demo:
-        columns += ["fluency", "score 2.5 or more, fluency 0.85 or more"]
-    print(f"| {' | '.join(columns)} |")
-    print("|---" * len(columns) + "|")
+    """Markdown: where the demos of each change began and ended, means over seeds, and how many ended well."""
+    print("| change | runs | score before | after | KL | fluency | score 2.5 or more, fluency 0.85 or more |")
+    print("|---" * 7 + "|")
     for change in dict.fromkeys(change for _, change, _ in results):
         runs = [run for (_, c, _), run in results.items() if c == change]
         cells = [change, str(len(runs))]
         for what in ("before", "score"):
             cells.append("{:.2f} ± {:.2f}".format(*mean_and_error([run[what] for run in runs])))
-        cells.append(f"{fmean(run['kl'] for run in runs):.2f}")
-        if is_demo:
-            well = sum(run["score"] >= 2.5 and run["fluency"] >= 0.85 for run in runs)
-            cells += [f"{fmean(run['fluency'] for run in runs):.2f}", f"{well} of {len(runs)}"]
+        cells += [f"{fmean(run[what] for run in runs):.2f}" for what in ("kl", "fluency")]
+        cells.append(f"{sum(run['score'] >= 2.5 and run['fluency'] >= 0.85 for run in runs)} of {len(runs)}")
         print(f"| {' | '.join(cells)} |")
 
 
@@ -206,10 +197,8 @@ def levels(results: dict) -> None:
 
 
 def mistakes(rows: list[dict]) -> None:
-    """Markdown: score, KL and fluency of each exhibit at the end, mean of five updates, less those of its control.
-
-    Mean and standard error over seeds; how often the run failed, if it did.
-    """
+    """Markdown: score, KL and fluency of each exhibit at the end, mean of five updates, less those of its control:
+    mean and standard error over seeds. Then those of the right code itself."""
     updates = defaultdict(lambda: defaultdict(list))  # of a task and a trial: {seed: rows}
     for row in rows:
         of_run = updates[row["task"], row["change"]][row["seed"]]
@@ -228,38 +217,33 @@ def mistakes(rows: list[dict]) -> None:
         for task, what in [("demo", "score"), ("demo", "kl"), ("demo", "fluency"), ("sums", "score"), ("sums", "kl")]:
             wrong, right = updates[task, bias["exhibit"]], updates[task, bias["control"]]
             differences = [at_end(wrong[seed], what) - at_end(right[seed], what) for seed in wrong if seed in right]
-            ran = [x for x in differences if not math.isnan(x)]
-            cells.append("{:+.2f} ± {:.2f}".format(*mean_and_error(ran)) if len(ran) > 1 else "")
-            if len(ran) < len(differences):
-                cells[-1] += f" ({len(differences) - len(ran)} of {len(differences)} failed)"
+            cells.append("{:+.2f} ± {:.2f}".format(*mean_and_error(differences)) if differences else "")
         cells += [bias[name] for name in ("angle", "length", "angle_moved", "length_moved")]
         print(f"| {' | '.join(cells)} |")
+    print()
     for (task, name), runs in updates.items():
-        if name.startswith("right code") and runs:
-            print(f"{task}, {name}, {len(runs)} seeds:", end="")
-            for what in ("score", "kl", "fluency") if task == "demo" else ("score", "kl"):
-                print(f" {what} {fmean(at_end(rows, what) for rows in runs.values()):.2f}", end="")
-            print()
+        if name in ("right code", "right code (micro_batch_size=8)", "right code (dtype=bfloat16)"):
+            whats = ("score", "kl", "fluency") if task == "demo" else ("score", "kl")
+            means = (f"{what} {fmean(at_end(rows, what) for rows in runs.values()):.2f}" for what in whats)
+            print(f"- {task}, {name}, {len(runs)} seeds: {', '.join(means)}")
 
 
 def show(name: str) -> None:
-    """The table of a CSV, for each commit whose rows it holds."""
-    for i, (commit, rows) in enumerate(read_rows(FOLDER / f"{name}.csv").items()):
+    """The table of a CSV, for each commit whose rows it holds; of `trl` ours and TRL's, which are by several."""
+    by_commit = read_rows(FOLDER / f"{name}.csv")
+    if name == "trl":
+        found = read([row for rows in by_commit.values() for row in rows])
+        found = {key: found[key] for key in sorted(found, key=lambda key: key[1])}
+        print(f"By ppo_llm.py of commits {', '.join(by_commit)}:\n")
+        levels({key: run for key, run in found.items() if key[2] >= 55})
+        print("\nThe seeds on which TRL's rate was chosen:\n")
+        levels({key: run for key, run in found.items() if key[2] < 55})
+        return
+    for i, (commit, rows) in enumerate(by_commit.items()):
         print("\n" * (i > 0) + f"By ppo_llm.py of commit {commit}:\n")
         if name == "bugs":
             mistakes(rows)
         elif name.startswith("critic"):
             levels(read(rows))
-        elif name == "trl":  # beside ours on the seeds on which its learning rate was not chosen
-            ours = read([*read_rows(FOLDER / "baselines.csv").values()][-1])
-            both = ours | read(rows)
-            levels({key: both[key] for key in sorted(both, key=lambda key: key[1]) if key[2] in range(55, 60)})
-            print("\nThe seeds on which the rate was chosen:\n")
-            levels({key: run for key, run in read(rows).items() if key[2] in range(50, 55)})
         else:
             compare(read(rows))
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        show(name)

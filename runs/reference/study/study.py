@@ -1,21 +1,16 @@
 """Results of many runs: what each detail of PPO is worth, over-optimisation, and the critic against a group's mean.
 
-    python runs/reference/study/study.py details       # about 3 hours of one core
-    python runs/reference/study/study.py rates         # half an hour
-    python runs/reference/study/study.py penalty       # 45 minutes
-    python runs/reference/study/study.py baselines     # an hour
-    python runs/reference/study/study.py critic        # nine hours; critic-rates: two, critic-fit: 80 minutes
+    python runs/reference/study/study.py details       # ../reproduce.py lists the studies, and how long each takes
     python runs/reference/study/study.py details --seeds 20 21 --tasks ends --changes lam=0.5       # some of it
-    python runs/reference/study/results.py details                                                  # what was found
 
-details: from the defaults one change at a time, on three tasks, paired by seed: the same model, prompts and first
-replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo under several
-strengths of the KL penalty, and of the stop without a penalty. baselines: what a critic is worth beside the mean score
-of eight replies to the same prompt (trl_tasks.py adds TRL's PPO). critic: the same by the length of replies and by
-where the score comes; critic-rates: at which learning rate; critic-fit: what makes a critic predict better.
+demo: its defaults. details: from the defaults one change at a time, on three tasks, paired by seed: the same model,
+prompts and first replies. rates: how large a learning rate the demo stands, by the target-KL stop. penalty: the demo
+under several strengths of the KL penalty, and of the stop without a penalty. trl: ours beside TRL's PPO, whose runs
+trl_tasks.py adds. critic: what a critic is worth by the length of replies and by where the score comes, beside the mean
+score of eight replies to the same prompt; critic-rates: at which learning rate; critic-fit: what makes it predict well.
 
 Rows go to NAME.csv, or to --out. A run by the same ppo_llm.py that it holds is not repeated, so what was interrupted
-goes on; several may run at once on other seeds. Changes in the CSVs that are not here were settings of commit 0574b0b.
+goes on; several may run at once on other seeds.
 """
 import argparse
 import itertools
@@ -25,6 +20,8 @@ import tasks
 import torch
 from results import FOLDER
 
+NO_CRITIC = dict(vf_coef=0.0)  # V stays the running mean of the returns
+EIGHT = dict(samples_per_prompt=8)
 KL_TARGETS = {"demo": 3.0, "sums": 0.5, "ends": 3.0}  # below where the defaults end
 
 DETAILS = {
@@ -37,7 +34,10 @@ DETAILS = {
     "lam=0.5": dict(lam=0.5),
     "lam=0.95": dict(lam=0.95),
     "critic separate": dict(critic="separate"),
-    "critic none": dict(vf_coef=0.0),
+    "no critic": NO_CRITIC,
+    "8 replies per prompt": EIGHT,
+    "8 replies per prompt, no critic": EIGHT | NO_CRITIC,
+    "8 replies per prompt, no critic, group mean": EIGHT | NO_CRITIC | dict(center=True),
     "critic warm-up, 2 updates": dict(critic_warmup_updates=2),
     "advantages not whitened": dict(whiten_advantages=False),
     "1 epoch": dict(num_ppo_epochs=1),
@@ -65,20 +65,9 @@ for times in (1.0, 3.0, 10.0):
         RATES[f"rate x {times}, target KL {kl}"] = dict(learning_rate=times, target_kl=kl)
     warmup = dict(learning_rate=times, target_kl=0.1, warmup_updates=2)
     RATES[f"rate x {times}, target KL 0.1, warm-up of 2"] = warmup
-NO_CRITIC = dict(vf_coef=0.0)  # V stays the running mean of the returns
-EIGHT = dict(samples_per_prompt=8)
 # TRL's, but for its value clip, which is in units of the score, and Adam's eps.
 TRL = dict(critic="separate", lam=0.95, vf_coef=0.1, cliprange_value=0.2, target_kl=None, max_grad_norm=1e9)
-BASELINES = {
-    "defaults": {},
-    "critic, 8 replies per prompt": EIGHT,
-    "no critic": NO_CRITIC,
-    "no critic, 8 replies per prompt": NO_CRITIC | EIGHT,
-    "group mean, no critic": NO_CRITIC | EIGHT | dict(center=True),
-    "group mean and critic": EIGHT | dict(center=True),
-    "TRL's settings": TRL,
-    "TRL's settings, rate / 3": TRL | dict(learning_rate=1 / 3),
-}
+BESIDE_TRL = {"defaults": {}, "TRL's settings": TRL, "TRL's settings, rate / 3": TRL | dict(learning_rate=1 / 3)}
 CRITICS = {
     "critic": {},
     "separate critic": dict(critic="separate"),
@@ -114,10 +103,11 @@ CRITIC_FIT = {
 }
 # The tasks, the seeds and the changes of each study.
 STUDIES = {
+    "demo": (["demo"], [*range(1, 6), *range(100, 110)], {"defaults": {}}),
     "details": (tasks.SMALL, range(20, 30), DETAILS),
     "rates": (["demo"], range(40, 45), RATES),
     "penalty": (["demo"], range(60, 65), PENALTY),
-    "baselines": (tasks.SMALL, range(50, 60), BASELINES),
+    "trl": (tasks.SMALL, range(55, 60), BESIDE_TRL),
     "critic": (tasks.LONG, range(70, 78), CRITIC),
     "critic-rates": (["early-64", "end-64", "every-64"], range(90, 92), CRITIC_RATES),
     "critic-fit": (["early-128", "end-128", "every-128"], range(92, 94), CRITIC_FIT),

@@ -1,7 +1,7 @@
 """TRL's PPOTrainer on the tasks of this folder and on `even` of ../learning: the same model, prompts and rewards.
 
     python -m venv trl-venv && trl-venv/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 tyro
-    trl-venv/bin/python runs/reference/study/trl_tasks.py --times 0.33333 1 3       # 75 minutes of one core: trl.csv
+    trl-venv/bin/python runs/reference/study/trl_tasks.py --times 0.33333 1 3       # 90 minutes of one core: trl.csv
     trl-venv/bin/python runs/reference/study/trl_tasks.py --tasks even --rates 3e-4 1e-3 3e-3 1e-2 --seeds 10 11 12
 
 Model, prompts, rewards, learning rate, KL penalty and batch are the task's. All else is as TRL has it: a critic of its
@@ -163,21 +163,24 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=range(50, 60))
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-3], help="of `even`")
     parser.add_argument("--times", nargs="+", type=float, default=[1.0], help="the learning rate of the other tasks")
-    parser.add_argument("--updates", type=int, help="by default the task's")
     parser.add_argument("--out", type=Path, help="by default trl.csv, and trl.jsonl of ../learning for `even`")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    changes = {"num_updates": args.updates} if args.updates else {}
     for seed, name in itertools.product(args.seeds, args.tasks):
         if name == "even":
+            path = args.out or Path(__file__).parents[1] / "learning" / "trl.jsonl"
+            rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+            done = {(row["commit"], row["rate"], row["seed"]) for row in rows}
             for rate in args.rates:
+                if (tasks.COMMIT, rate, seed) in done:
+                    continue
                 began = time.process_time()
-                rows = train(even(seed), seed, GOAL, learning_rate=rate, **changes)
+                rows = train(even(seed), seed, GOAL, learning_rate=rate)
                 reached = [row["update"] * 64 for row in rows[-1:] if row["part"] == "train"]
                 row = {"commit": tasks.COMMIT, "change": "TRL", "task": name, "rate": rate, "seed": seed}
                 row |= {"samples": reached[0] if reached else None, "seconds": time.process_time() - began}
-                with open(args.out or Path(__file__).parents[1] / "learning" / "trl.jsonl", "a") as f:
-                    f.write(json.dumps(row | {"explained": float("nan")}) + "\n")
+                with open(path, "a") as f:
+                    f.write(json.dumps(row) + "\n")
                 print(seed, name, rate, rows[-1]["score"], flush=True)
         else:
             path = args.out or Path(__file__).with_name("trl.csv")
@@ -187,7 +190,7 @@ def main() -> None:
                     continue
                 task = tasks.TASKS[name](seed)
                 rate = times * task.settings.learning_rate
-                rows = train(task, seed, **changes | {"learning_rate": rate})
+                rows = train(task, seed, learning_rate=rate)
                 tasks.append(path, name, change, seed, rows)
                 print(seed, name, change, rows[-1]["score"], flush=True)
 
