@@ -2127,10 +2127,10 @@ def test_held_out_prompts_are_not_trained_on(tmp_path, capsys):
 
 
 def test_equal_prompts_are_not_held_out_beside_themselves(tmp_path):
-    """One of ten different ones is, with all its copies."""
+    """Two of twenty different ones are, with all their copies."""
     for name, texts, held_out, left in (
         ("one", 100 * ["a"], 0, 100),
-        ("ten", 10 * list(LETTERS[1:11]), 1, 90),
+        ("twenty", 10 * list(LETTERS[1:21]), 2, 180),
     ):
         cfg = quick(tmp_path, output_dir=f"{tmp_path}/{name}")
         task = P.prepare(cfg, texts, worth, model_of(), letters())
