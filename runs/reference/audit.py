@@ -123,19 +123,20 @@ def each() -> str:
 
 def sums() -> str:
     """The runs of smollm2/sums.py: of a line, the seeds in turn, and the standard error of each number over sums."""
-    lines = ["| pairs | paid for | seeds | right, % | training | KL |", "|---|---|---|---|---|---|"]
+    lines = ["| pairs | paid for | seeds | right, % | training, % | KL |", "|---|---|---|---|---|---|"]
     for pairs, reward in itertools.product(("1-20", "2-59"), ("right", "digits")):
         paths = sorted((HERE / "smollm2").glob(f"sums-{pairs}-{reward}-*"))
-        runs = [read_lines(path / "metrics.jsonl") for path in paths]
-        if not runs:
+        if not paths:
             continue
-        held_out = [[row for row in rows if "eval/score" in row] for rows in runs]
-        paths = [" → ".join(f"{100 * row['eval/rewards/right']:.0f}" for row in rows) for rows in held_out]
+        found = [read_lines(path / "metrics.jsonl") for path in paths]
+        held_out = [[row for row in rows if "eval/score" in row] for rows in found]
+        courses = [" → ".join(f"{100 * row['eval/rewards/right']:.0f}" for row in rows) for rows in held_out]
         error = max(row["eval/rewards/right_se"] for rows in held_out for row in rows)
-        ends = [[row for row in rows if "policy/ratio" in row][-1] for rows in runs]
-        trained = [f"{100 * row['rewards/right']:.0f}" for row in ends]
+        ends = [[row for row in rows if "policy/ratio" in row][-3:] for rows in found]
+        trained = [f"{100 * fmean(row['rewards/right'] for row in rows):.0f}" for rows in ends]
         kl = [f"{rows[-1]['eval/kl']:.1f}" for rows in held_out]
-        cells = [pairs, f"`{reward}`", str(len(runs)), f"{'; '.join(paths)} (± {100 * error:.0f})"]
+        cells = [pairs, f"`{reward}`", ", ".join(path.name[-2:] for path in paths)]
+        cells.append(f"{'; '.join(courses)} (± {100 * error:.0f})")
         lines.append(f"| {' | '.join([*cells, ', '.join(trained), ', '.join(kl)])} |")
     return "\n".join(lines)
 
@@ -198,14 +199,18 @@ def sentences():
             names = ["score", "reply/ended", "rewards/sentiment", "rewards/fluency", "kl"]
             means = (f"{n.split('/')[-1]} {row[f'eval/{n}']:z.2f} ± {row[f'eval/{n}_se']:.2f}" for n in names)
             yield f"Held-out, update {row['update']}: {', '.join(means)}"
-    folders = sorted((HERE / "smollm2").glob("sums-1-20-right-*"))
-    held_out = [[row for row in read_lines(x / "metrics.jsonl") if "eval/score" in row] for x in folders]
-    first, last = (
-        ", ".join(f"{100 * rows[i]['eval/score']:.0f}" for rows in held_out) for i in (0, -1)
-    )
+    before, after, errors = {}, {}, []
+    for pairs in ("1-20", "2-59"):
+        paths = sorted((HERE / "smollm2").glob(f"sums-{pairs}-right-*"))
+        held_out = [[row for row in read_lines(path / "metrics.jsonl") if "eval/score" in row] for path in paths]
+        before[pairs], after[pairs] = (
+            ", ".join(f"{100 * rows[i]['eval/score']:.0f}" for rows in held_out) for i in (0, -1)
+        )
+        errors += [100 * row["eval/score_se"] for rows in held_out for row in rows]
     yield (
-        f"- SmolLM2-135M learns sums of pairs from 1 to 20: of 120 that it never trains on {first}% are right before "
-        f"and {last}% after {held_out[0][-1]['update'] * 128:,} replies"
+        f"- SmolLM2-135M learns sums of pairs from 1 to 20: of 120 that it never trains on {before['1-20']}% are right "
+        f"before and {after['1-20']}% after {held_out[0][-1]['update'] * 128:,} replies, of pairs from 2 to 59 "
+        f"{before['2-59']}% and {after['2-59']}% (each seed; ± {max(errors):.0f} at most)"
     )
     count = len(runs("critic", "early-128", "critic"))
     ends = {

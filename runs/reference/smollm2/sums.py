@@ -4,8 +4,8 @@
     python runs/reference/smollm2/sums.py SmolLM2 1 20   # prompts of pairs from 1 to 20, and others held out
     python ppo_llm.py --model SmolLM2 --prompts SmolLM2/sums.jsonl --eval-prompts SmolLM2/held_out.jsonl \\
         --reward runs/reference/smollm2/sums.py:right --response-length 4 --batch-size 128 --kl-coef 0 \\
-        --learning-rate 3e-5 --critic-lr 1e-3 --warmup-updates 2 --target-kl 0.1 --num-updates 40 --eval-every 8 \\
-        --seed 21 --dtype bfloat16 --stop-token $'\\n'
+        --learning-rate 3e-5 --critic-lr 1e-3 --warmup-updates 2 --lr-scheduler-type linear --target-kl 0.1 \\
+        --num-updates 40 --eval-every 8 --seed 21 --dtype bfloat16 --stop-token $'\\n'
 
 `right` pays 1 for a sum that is right to the end of its line. `digits` pays as much for it, in equal parts: one for
 each character that is right and has only right ones before it, at once. With `--reward ...:right --reward ...:digits
