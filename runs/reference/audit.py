@@ -210,7 +210,7 @@ def sentences():
     yield (
         f"- SmolLM2-135M learns sums of pairs from 1 to 20: of 120 held out {before['1-20']}% are right "
         f"before and {after['1-20']}% after {held_out[0][-1]['update'] * 128:,} replies, of pairs from 2 to 59 "
-        f"{before['2-59']}% and {after['2-59']}% (three seeds and one; ± {max(errors):.0f} at most)"
+        f"{before['2-59']}% and {after['2-59']}% (± {max(errors):.0f} at most)"
     )
     count = len(runs("critic", "early-128", "critic"))
     ends = {
