@@ -915,7 +915,7 @@ class TaskConfig:
     reward_label: str | None = None  # the label that scores, of reward models with several; None: they have one
     reward_weights: tuple[float, ...] = ()  # of each --reward, then --reward-model; 0 measures only; none: all 1
     missing_eos_penalty: NotNegative = 0.0  # subtracted from the score of a reply that no stop token ends
-    eval_prompts: str | None = None  # file of held-out prompts; None: one prompt in ten is held out, at most 64
+    eval_prompts: str | None = None  # file of held-out prompts; None: of 20 or more one in ten, at most 64
     stop_token: tuple[str, ...] = ()  # text of a token that ends a reply, beside the model's EOS; "." is not " ."
 
 
@@ -1460,7 +1460,7 @@ def prepare(
     held_out = encode(tokenizer, eval_prompts or load_prompts(cfg.eval_prompts), vocabulary, room)
     if not held_out:
         distinct = {str(prompt.ids): prompt for prompt in train_prompts}
-        for key in random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 20 * 2)):  # 2 or more, or none
+        for key in random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 20 * 2)):  # never one: it has no standard error
             held_out.append(distinct.pop(key))
         train_prompts = [prompt for prompt in train_prompts if str(prompt.ids) in distinct]
     if not train_prompts:

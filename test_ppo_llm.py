@@ -2427,7 +2427,8 @@ def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monke
     assert message in line
     assert given == "an exit" or re.search("the prompt '. a' with the reply '", line)
     if given == "an error":
-        (files / "answers.py").open("a").write("# put right\n")
+        with open(files / "answers.py", "a") as file:
+            file.write("# put right\n")
         assert P.main(["--resume", f"{tmp_path}/x"]) == 0
         assert outcome(tmp_path / "x") == outcome(finished)
 
@@ -2750,7 +2751,7 @@ def test_a_run_says_how_it_goes(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_never_disturbed(tmp_path):
-    """Ten times; runs/reference/bench/kill.py does it as often as one likes."""
+    """Up to ten times; runs/reference/bench/kill.py does it as often as one likes."""
     words = [sys.executable, HERE / "runs" / "reference" / "bench" / "kill.py", "10"]
     done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
