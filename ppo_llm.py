@@ -1460,7 +1460,8 @@ def prepare(
     held_out = encode(tokenizer, eval_prompts or load_prompts(cfg.eval_prompts), vocabulary, room)
     if not held_out:
         distinct = {str(prompt.ids): prompt for prompt in train_prompts}
-        for key in random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 20 * 2)):  # never one: it has no standard error
+        # Never one alone: its mean would have no standard error.
+        for key in random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 20 * 2)):
             held_out.append(distinct.pop(key))
         train_prompts = [prompt for prompt in train_prompts if str(prompt.ids) in distinct]
     if not train_prompts:

@@ -2751,7 +2751,7 @@ def test_a_run_says_how_it_goes(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_never_disturbed(tmp_path):
-    """Up to ten times; runs/reference/bench/kill.py does it as often as one likes."""
+    """Ten times; runs/reference/bench/kill.py does it as often as one likes."""
     words = [sys.executable, HERE / "runs" / "reference" / "bench" / "kill.py", "10"]
     done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
