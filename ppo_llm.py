@@ -183,8 +183,8 @@ def gae(
 
     values[:, t] is V of the state before token t: of the prompt and the reply so far. After the last token V is 0, even
     if the reply was cut off at its longest. With λ = 1 a return is the sum of the rewards from its token on, discounted
-    by γ. Below 1 the values of the next tokens take the place of a part of the later rewards: less noise, but the
-    errors of the critic. Time runs over the tokens of the mask: a hole takes none. Other cells of both results are 0.
+    by γ. Below 1 the values of the next tokens take the place of a part of the later rewards: there is less noise, but
+    the critic's errors enter. Time runs over the tokens of the mask: a hole takes none. Elsewhere both results are 0.
     """
     next_advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = torch.zeros_like(values)
@@ -208,10 +208,10 @@ def policy_loss(
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
     A is the advantage: a token that went better than predicted, A > 0, is made likelier, one that went worse less
-    likely. To subtract the prediction V leaves the average gradient as it is, with less noise. One batch is used for
-    several steps, after the first of which the policy is no longer the one that sampled it: ρ corrects for that, and
-    with the clip nothing is gained by moving ρ further than ε from 1. A token whose ρ has left [1-ε, 1+ε] in the
-    direction that A asks for has no gradient any more; one that has left it in the other direction keeps its gradient.
+    likely. Subtracting V does not change the average gradient, only its noise. One batch is used for several steps,
+    after the first of which the policy is no longer the one that sampled it: ρ corrects for that, and with the clip
+    nothing is gained by moving ρ further than ε from 1. A token whose ρ has left [1-ε, 1+ε] in the direction that A
+    asks for has no gradient any more; one that has left it in the other direction keeps its gradient.
 
     cliprange_high: upper ε; None: the lower (clip-higher, DAPO, arXiv 2503.14476).
     stats: means over the mask of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
@@ -238,8 +238,8 @@ def value_loss(
 ):  # [], stats
     """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
 
-    All in the critic's unit. The clip is not in the PPO paper; it comes from openai/baselines (ppo2). stats: the share
-    of tokens where it binds.
+    All in the critic's unit (`Actor.unit`). The clip is not in the PPO paper; it comes from openai/baselines (ppo2).
+    stats: the share of tokens where it binds.
     """
     error = larger_error = torch.where(mask, new_values - returns, 0.0) ** 2
     if cliprange_value is not None:
@@ -288,7 +288,7 @@ class PPOConfig:
     num_mini_batches: Count = 4  # optimizer steps per pass
     micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits take 3·b·T·V·4 bytes, V the vocabulary
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # of each learning rate, after the warm-up
-    warmup_updates: Whole = 0  # first updates, in which learning rates rise linearly; the critic's warm-up counts too
+    warmup_updates: Whole = 0  # first updates of the run, in which learning rates rise linearly
     max_grad_norm: Positive = 1.0  # gradient clipping
     cliprange: Positive = 0.2  # ε of the ratio
     cliprange_high: Positive | None = None  # upper ε (clip-higher, DAPO); None: the same ε
@@ -315,14 +315,14 @@ class Rollout:
     """The replies of one update and all that is computed for them, on the CPU. What is None is filled in step by step.
 
     Queries and responses are prompts and replies, by TRL's names. Rewards, values and returns are in units of the
-    score. Advantages are divided by the critic's unit (`Actor.unit`), then whitened if that is asked for.
+    score, advantages in the critic's unit (`Actor.unit`) or, by default, whitened.
     """
     queries: Tensor  # [B, P] int, prompt tokens, padded on the left
     query_mask: Tensor  # [B, P] bool, False on that padding
     responses: Tensor  # [B, T] int, reply tokens, padded on the right with any token
     present: Tensor  # [B, T] bool, False on that padding, True on all else, also on what a tool wrote
     mask: Tensor  # [B, T] bool, True on the tokens that are trained on: those present that the policy wrote
-    sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, only compared with `logprobs`
+    sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, for metrics and for a loss of yours
     logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
     values: Tensor = None  # [B, T] V_old of the state before each token; `compute_advantages` moves all by one number
@@ -349,8 +349,9 @@ class Rollout:
 
 # Every process holds the whole rollout and computes some rows of it, with 0 in the others: their sum is the whole. With
 # one process the next two functions change nothing. With several, the group must take tensors of CPU and GPU
-# ("cpu:gloo,cuda:nccl"). Part I does not add up their gradients: what spreads the model over them must, as a sum, not a
-# mean. In Part II that is FSDP2.
+# ("cpu:gloo,cuda:nccl"). Part I does not exchange gradients: what spreads the model over the processes must add them
+# up, not average them. And as each decodes until its own replies have ended, a forward pass there must not wait for the
+# others. In Part II that is FSDP2, with reshard_after_forward=False.
 
 
 def world():
@@ -383,8 +384,8 @@ def micro_batches(
 
 
 class Head(nn.Linear):
-    """The model's own head with products in float32 (TF32, if torch is told so): near -100 bfloat16 numbers are 0.5
-    apart, and that error would be in every log ratio."""
+    """The model's own head with products in float32 (TF32, if torch is told so): in bfloat16 a logit near 100 is a
+    multiple of 0.5, and that error would be in every log ratio."""
 
     def forward(self, states):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -398,8 +399,8 @@ class Actor(nn.Module):
 
     lm: the model, which is trained in place, and whose output head is replaced by a `Head` with the same weights;
     adapters of peft may sit on its layers, not on the head.
-    dtype: of matrix products but the head's (autocast). Weights that are trained must be float32 or wider, or
-    ValueError.
+    dtype: of matrix products but the head's (autocast); with float32 they are of the weights' type. Weights that are
+    trained must be float32 or wider, or ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
     """
 
@@ -411,7 +412,7 @@ class Actor(nn.Module):
     ):
         super().__init__()
         self.dtype = dtype
-        self.lm = lm.eval()  # no dropout, else the first ratio is not 1; no gradient checkpointing either
+        self.lm = lm.eval()  # no dropout, else the first ratio is not 1; nor transformers' gradient checkpointing
         self.critic = None if critic is None else critic.base_model.eval()
         for name, weight in self.named_parameters():
             if weight.requires_grad and weight.dtype.itemsize < 4:
@@ -434,8 +435,8 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def fit_returns(self, spread: float, shift: float):
-        """If `spread`, the standard deviation of the returns, is the first or the largest so far, make it the critic's
-        unit, without a change of any V. Then add `shift`, the mean of return less V, to every V.
+        """If `spread`, the standard deviation of the sampled returns, is the first or the largest so far, make it the
+        critic's unit, without a change of any V. Then add `shift`, the mean of those returns less V, to every V.
 
         After PopArt, arXiv 1809.04474. Errors of the critic then have mean 0 and a size of about 1, whatever the scores
         are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the
@@ -456,8 +457,7 @@ class Actor(nn.Module):
     def run(self, model, ids, attention, **options):
         """The model's own output. ids [b, L]; attention [b, cached + L], False on padding."""
         attention = attention.long()
-        positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift them
-        positions = positions[:, -ids.shape[1] :]
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding on the left shifts none
         with self.autocast():
             return model(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
 
@@ -482,8 +482,7 @@ class Actor(nn.Module):
         logits, states = output.logits[:, before] / temperature, output.hidden_states[-1]
         if self.critic is not None:
             states = self.run(self.critic, ids, attention, use_cache=False).last_hidden_state
-        features = states[:, before].to(self.real)
-        values = self.unit * self.value_head(features).squeeze(-1)
+        values = self.unit * self.value_head(states[:, before].to(self.real)).squeeze(-1)
         logprobs = logprobs_from_logits(logits, batch.responses)
         entropy = entropy_from_logits(logits) if with_entropy else torch.zeros_like(logprobs)
         return logprobs, entropy, values
@@ -529,7 +528,7 @@ def sample_replies(
     return Rollout(queries, query_mask, responses, present, present.clone(), logprobs)
 
 
-@torch.no_grad()  # not inference_mode: there autocast would round the weights again for every token
+@torch.no_grad()  # not inference_mode, in which autocast rounds the weights again for every token
 def decode(
     actor: Actor,
     queries: Tensor,  # [b, P]
@@ -547,7 +546,7 @@ def decode(
     ids, attention, uniform = queries.to(device), query_mask.to(device), uniform.to(device, wide)
     stop = ids.new_tensor(stop_ids)
     tokens, logprobs, cache = [], [], None
-    with actor.autocast():  # around the loop: until it ends, it keeps its rounded copies of trained weights
+    with actor.autocast():  # around the whole loop: rounded copies of trained weights are kept until it ends
         for t in range(uniform.shape[1]):
             output = actor.run(actor.lm, ids, attention, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1] / temperature  # [b, V]
@@ -580,7 +579,7 @@ def fill_logprobs_and_values(
         outputs.append(ref(batch, cfg.temperature, with_entropy=False)[0] if ref else math.nan * outputs[0])
         filled[:, rows, : batch.mask.shape[1]] = torch.stack(outputs).cpu()
     filled = torch.where(rollout.mask, all_sum(filled), 0.0)
-    if not filled[: 4 if ref else 3].isfinite().all():
+    if not filled[: 4 if ref else 3].isfinite().all():  # the fourth is the reference's
         raise FloatingPointError("probabilities or values are NaN or infinite; in training, lower the learning rate")
     rollout.logprobs, rollout.entropy, rollout.values, rollout.ref_logprobs = filled
 
@@ -602,12 +601,10 @@ def compute_advantages(
     spread = rollout.sampled_returns[mask].std(correction=0)  # NaN where there is no trained token
     shift = masked_mean(rollout.sampled_returns - rollout.values, mask)
     actor.fit_returns(float(spread) if spread >= rounding else 0.0, float(shift))
-    rollout.values += shift  # what the actor says from now on
+    rollout.values += shift  # as `fit_returns` has just done to what the actor says
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
     advantages[advantages.abs() < rounding] = 0  # noise around 0, which masked_whiten would blow up
-    rollout.advantages = advantages / float(actor.unit)  # matters where they are not whitened
-    if cfg.whiten_advantages:
-        rollout.advantages = masked_whiten(rollout.advantages, mask)
+    rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages / float(actor.unit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -626,8 +623,7 @@ def ppo_loss(actor: Actor, batch: Rollout, cfg: PPOConfig):  # [], stats
         new_values / unit, batch.values / unit, batch.returns / unit, mask, cfg.cliprange_value
     )
     loss = pg_loss + cfg.vf_coef * vf_loss - cfg.ent_coef * masked_mean(entropy, mask)
-    losses = {"loss/policy": pg_loss, "loss/value": vf_loss}
-    return loss, losses | pg_stats | vf_stats
+    return loss, {"loss/policy": pg_loss, "loss/value": vf_loss} | pg_stats | vf_stats
 
 
 def ppo_update(
@@ -644,36 +640,37 @@ def ppo_update(
     policy before the step. A step that finds the policy beyond target_kl is not taken and ends the update; it counts in
     the means. FloatingPointError for a step whose loss or gradient is NaN or infinite, which is not taken either.
     """
-    B = len(rollout.mask)
-    steps, too_far = [], False
-    for _ in range(cfg.num_ppo_epochs):
-        for minibatch in torch.randperm(B).chunk(cfg.num_mini_batches):
-            optimizer.zero_grad()
-            actor.zero_grad()  # gradients that the optimizer lacks would add up, and count in the norm
-            tokens = max(1, int(rollout.mask[minibatch].sum()))
-            sums = defaultdict(float)
-            for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
-                share = int(rollout.mask[rows].sum()) / tokens
-                mean, stats = loss(actor, batch, cfg)
-                (share * mean).backward()  # gradients add up, by FSDP2 over processes, to that of the mean of the step
-                for name, x in stats.items():
-                    sums[name] += share * x.detach()
-            step = dict(zip(sums, all_sum(torch.stack([*sums.values()])).tolist()))
-            if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
-                actor.lm.zero_grad()
-            norm = nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm)
-            step["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: DTensor
-            if not math.isfinite(sum(step.values())):
-                raise FloatingPointError("loss or gradient of a step is NaN or infinite; lower the learning rate")
-            steps.append(step)
-            too_far = cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl
-            if too_far:
-                break
-            optimizer.step()
-        if too_far:
+    minibatches = [
+        indices
+        for _ in range(cfg.num_ppo_epochs)
+        for indices in torch.randperm(len(rollout.mask)).chunk(cfg.num_mini_batches)
+    ]
+    steps, taken = [], 0
+    for minibatch in minibatches:
+        optimizer.zero_grad()
+        actor.zero_grad()  # also of weights that the optimizer lacks: they count in the norm, and must not add up
+        tokens = max(1, int(rollout.mask[minibatch].sum()))
+        sums = defaultdict(float)
+        for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
+            share = int(rollout.mask[rows].sum()) / tokens
+            mean, stats = loss(actor, batch, cfg)
+            (share * mean).backward()  # gradients add up, by FSDP2 over processes, to that of the mean of the step
+            for name, x in stats.items():
+                sums[name] += share * x.detach()
+        step = dict(zip(sums, all_sum(torch.stack([*sums.values()])).tolist()))
+        if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
+            actor.lm.zero_grad()
+        norm = nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm)
+        step["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: DTensor
+        if not math.isfinite(sum(step.values())):
+            raise FloatingPointError("loss or gradient of a step is NaN or infinite; lower the learning rate")
+        steps.append(step)
+        if cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl:
             break
+        optimizer.step()
+        taken += 1
     optimizer.zero_grad()
-    return {name: fmean(step[name] for step in steps) for name in steps[0]} | {"policy/steps": len(steps) - too_far}
+    return {name: fmean(step[name] for step in steps) for name in steps[0]} | {"policy/steps": taken}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -720,9 +717,9 @@ def ppo(
     Raises ValueError for a batch that cannot be divided, for a reference, scores or masks that do not fit, and
     FloatingPointError for a policy that diverges. Ranges of settings are checked in Part II.
     """
-    check_batch(cfg)
-    if ref is None and (progress.kl_coef > 0 or cfg.kl_target is not None):
-        raise ValueError("ref is None: expected a reference, or kl_coef 0 and no kl_target")
+    check(cfg)
+    if ref is None and progress.kl_coef > 0:
+        raise ValueError("ref is None: expected a reference, or a kl_coef of 0")
     for update in range(progress.update + 1, cfg.num_updates + 1):
         seed_everything(cfg.seed, update)
         for group in optimizer.param_groups:
@@ -732,8 +729,8 @@ def ppo(
         # 1. Generate a reply to each prompt.
         drawn = draw_prompts(prompts, update, cfg)
         rollout = sample(actor, drawn, stop_ids, cfg)
-        if (rollout.mask & ~rollout.present).any():
-            raise ValueError("sample: expected `mask` to be True only where `present` is")
+        if (rollout.mask > rollout.present.cumprod(1)).any():
+            raise ValueError("sample: expected `present` without holes, and `mask` to be True only where it is")
         clock.append(time.perf_counter())
 
         # 2. Score the replies.
@@ -744,7 +741,7 @@ def ppo(
             raise ValueError(f"score: expected finite numbers of shape [{B}] or [{B}, {T}], got {scores}")
         if scores.ndim == 2:
             scores = scores.where(rollout.present, 0)  # nothing is paid on padding
-        scores = scores.to(rollout.sampler_logprobs.dtype)
+        scores = scores.to(actor.real)
         clock.append(time.perf_counter())
 
         # 3. Log-probabilities and values of every trained token.
@@ -755,6 +752,7 @@ def ppo(
         clock.append(time.perf_counter())
 
         # 5. Update policy and critic.
+        seed_everything(cfg.seed, update, "minibatches")  # the same ones whatever `sample` and `score` have drawn
         critic_only = update <= cfg.critic_warmup_updates
         stats = ppo_update(actor, optimizer, rollout, cfg, critic_only, loss)
         clock.append(time.perf_counter())
@@ -780,8 +778,10 @@ def ppo(
         yield metrics, list(zip(drawn, replies, reply_scores.tolist(), reply_kl(rollout).tolist()))[:4]
 
 
-def check_batch(cfg: PPOConfig):
-    """ValueError if a batch cannot be cut as the settings ask."""
+def check(cfg: PPOConfig):
+    """ValueError for settings that do not fit together."""
+    if cfg.kl_target is not None and cfg.kl_coef == 0:
+        raise ValueError("kl_target: expected with it a kl_coef above 0")
     parts = world()[1] * math.lcm(cfg.num_mini_batches, cfg.samples_per_prompt)
     if cfg.batch_size % parts:
         raise ValueError(
@@ -791,13 +791,13 @@ def check_batch(cfg: PPOConfig):
 
 
 def seed_everything(*parts):
-    """Seed Python, NumPy and torch from (seed, update), so that a resume needs no state of any generator."""
+    """Seed Python, NumPy and torch from the parts, such as (seed, update)."""
     from transformers import set_seed
 
     set_seed(random.Random(str(parts)).getrandbits(32))
 
 
-def schedule(update: int, cfg: PPOConfig):
+def schedule(update, cfg: PPOConfig):
     """Share of the learning rate in update `update`, counted from 1: linear warm-up, then the decay over the rest."""
     done = max(0, update - 1 - cfg.warmup_updates) / max(1, cfg.num_updates - cfg.warmup_updates)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
@@ -827,7 +827,7 @@ def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
     than a constant) if all returns are equal. That is of the sampled returns: with λ < 1 `returns` hold V themselves.
     """
     mask = rollout.mask
-    returns = rollout.sampled_returns[mask].double()  # [N], N trained tokens; float32's rounding would be a variance
+    returns = rollout.sampled_returns[mask].double()  # [N] trained tokens; in float32 equal numbers may have a variance
     residual = returns - rollout.values[mask]
     metrics = {
         "objective/scores": scores.mean(),
@@ -886,13 +886,12 @@ def about(what):
 
 @contextlib.contextmanager
 def foreign(what):
-    """Around a user's code. What that does to the random numbers, gradient mode and default type of torch, or to the
-    working directory, ends with it. Python's and NumPy's random numbers are seeded anew in each update. Its sys.exit()
-    is an error.
+    """Around a user's code. What that does to the gradient mode and default type of torch, or to the working directory,
+    ends with it. Random numbers are seeded anew before they are needed. Its sys.exit() is an error.
     """
     dtype = torch.get_default_dtype()
     try:
-        with about(what), torch.random.fork_rng(devices=[]), torch.enable_grad(), contextlib.chdir("."):
+        with about(what), torch.enable_grad(), contextlib.chdir("."):
             yield
     except SystemExit as e:
         raise ValueError(f"{what}: it called sys.exit()") from e
@@ -910,7 +909,7 @@ class TaskConfig:
     """What is trained, on which prompts, and for which rewards."""
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
     prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and columns; None: the demo's
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns) -> a number or list a reply
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION; f(prompts, completions, **columns) -> numbers, lists or None
     reward_model: tuple[str, ...] = ()  # name or folder of a sequence classifier for prompt and reply
     reward_label: str | None = None  # the label that scores, of reward models with several; None: they have one
     reward_weights: tuple[float, ...] = ()  # of each --reward, then --reward-model; 0 measures only; none: all 1
@@ -924,10 +923,10 @@ class RunConfig:
     """Optimizer and critic; where and how it runs."""
     learning_rate: Positive = 1e-5  # of AdamW, at its highest
     critic_lr: Positive | None = None  # that of the value head, and of a separate critic; None: the policy's
-    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's hidden states; separate: on a copy of it
+    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's hidden states; separate: on a copy's
     output_dir: str | None = None  # new folder of the run; None: runs/TIME-PROCESS
-    save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C and on errors
-    eval_every: Count | None = None  # updates between held-out evaluations, which show samples; None: before and after
+    save_every: Count | None = None  # updates between checkpoints, beside the end, Ctrl-C and errors; None: only those
+    eval_every: Count | None = None  # updates between evaluations with samples, beside first and last; None: only those
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA that has it
@@ -947,8 +946,6 @@ class Config(TaskConfig, PPOConfig, RunConfig):
                     expected, holds = getattr(kind, "__metadata__", ("", bool))
                     if expected and x is not None and not holds(x):
                         raise ValueError(f"expected {expected}")
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError("--kl-target: expected with it a --kl-coef above 0")
         if self.reward_label and not self.reward_model:
             raise ValueError("--reward-label: expected with it a --reward-model")
 
@@ -1043,7 +1040,7 @@ def load_reward_model(name, device: torch.device, cfg: Config):
     tokenizer.truncation_side = "left"
     labels = {label: i for i, label in model.config.id2label.items()}  # not in the order of i in every config.json
     with about(f"--reward-label: expected one of {', '.join(labels)}, the labels of {name}"):
-        column = labels[cfg.reward_label] if cfg.reward_label or len(labels) > 1 else 0
+        column = labels[cfg.reward_label] if len(labels) > 1 else 0
 
     def score(prompts, completions, **columns):
         scores = []
@@ -1066,6 +1063,9 @@ def load_reward_model(name, device: torch.device, cfg: Config):
     return score
 
 
+EVENT_LOOP = asyncio.Runner()  # one for all calls: a reward's semaphores and connections belong to it
+
+
 def ask(reward: Callable, columns: dict):
     """What a reward function says of each token of each reply: a list of tensors. A number for the whole reply stands
     at its last token; NaN stands there for None, that the reward does not apply.
@@ -1076,7 +1076,7 @@ def ask(reward: Callable, columns: dict):
     try:
         answers = reward(**copy.deepcopy(columns))
         if inspect.isawaitable(answers):
-            answers = asyncio.run(answers)
+            answers = EVENT_LOOP.run(answers)
         scores = []
         with about(f"expected a list, an answer to each of {len(prompts)} replies"):
             pairs = [*zip(answers[:], columns["completion_ids"], strict=True)]  # neither a dict nor a set
@@ -1143,7 +1143,7 @@ class Task:
         its tokens, and whether it has ended.
 
         Scores are the weighted sum of the rewards, less the penalty at the last token of a reply that does not end.
-        Each process asks for its share of the prompts, with all the replies to them.
+        Each process asks for its share of the replies: in training, that is whole prompts with all the replies to them.
         """
         rank, count = world()
         B = len(prompts)
@@ -1163,9 +1163,8 @@ class Task:
                 **columns,
             )
         ended = torch.tensor([float(reply[-1] in self.stop_ids) for reply in replies])
-        last = [len(reply) - 1 for reply in replies]
         scores = torch.zeros(B, self.cfg.response_length)
-        scores[range(B), last] = self.cfg.missing_eos_penalty * (ended - 1)
+        scores[range(B), [len(reply) - 1 for reply in replies]] = self.cfg.missing_eos_penalty * (ended - 1)
         said = {"reply/ended": ended}
         heard = 0
         for reward, weight in self.rewards:
@@ -1194,7 +1193,7 @@ class Task:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load(auto_class: str, name: str):
+def load(auto_class, name):
     """Auto{auto_class} of transformers from a folder or the hub. Missing weights are refused."""
     import transformers
 
@@ -1376,9 +1375,10 @@ def resume(task: Task, initial: dict):
             sizes = saved["logs"]
     if task.progress.update >= task.cfg.num_updates:
         raise ValueError(f"{task.run} is complete: to go on, give a larger --num-updates")
-    for name, size in sizes.items():
-        with open(task.run / name, "a") as f:
-            f.truncate(size)  # each process may cut, to the same size
+    if world()[0] == 0:  # which holds the lock
+        for name, size in sizes.items():
+            with open(task.run / name, "a") as f:
+                f.truncate(min(size, f.tell()))  # the rest of a log may have been taken away
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1436,7 +1436,7 @@ def prepare(
     logging.set_verbosity_error()  # one progress bar, ours
     logging.disable_progress_bar()
     start_processes()
-    check_batch(cfg)
+    check(cfg)
     device, dtype = pick_device(cfg)
     seed_everything(cfg.seed)
     rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
@@ -1532,12 +1532,11 @@ def evaluate_held_out(task: Task):
         if len(x) > 1:
             metrics[f"eval/{name}"] = float(x.mean())
             metrics[f"eval/{name}_se"] = float(x.std() / len(x) ** 0.5)
-    samples = zip(prompts, rollout.replies(), said["score"].tolist(), said["kl"].tolist())
-    return metrics, list(samples)[:4]
+    return metrics, list(zip(prompts, rollout.replies(), said["score"].tolist(), said["kl"].tolist()))[:4]
 
 
 @contextlib.contextmanager
-def finish_on_signal(run: Path):
+def finish_on_signal(run):
     """Yields a list. The first Ctrl-C, SIGTERM or SIGHUP is appended to it, to end after this update; a second ends at
     once. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
     asked, owner = [], os.getpid()
@@ -1552,8 +1551,11 @@ def finish_on_signal(run: Path):
             asked.append(number)
             print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
 
-    numbers = signal.valid_signals() & {1, 2, 15}  # SIGHUP where there is one, SIGINT, SIGTERM
-    old = {n: signal.signal(n, ask_to_end) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    old = {
+        n: signal.signal(n, ask_to_end)
+        for n in signal.valid_signals() & {1, 2, 15}  # SIGHUP where there is one, SIGINT, SIGTERM
+        if signal.getsignal(n) is not signal.SIG_IGN
+    }
     try:
         yield asked
     finally:
@@ -1584,16 +1586,16 @@ def run_task(task: Task):
             with open(run / name if is_first else os.devnull, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         if held_out and rows:
-            means = [
+            means = ", ".join(
                 f"{name.split('/')[-1]} {metrics[name]:z.2f} ± {metrics[name + '_se']:.2f}"
                 for name in metrics if name + "_se" in metrics
-            ]
-            bar.write(f"\nHeld-out, update {progress.update}: {', '.join(means)}")
+            )
+            bar.write(f"\nHeld-out, update {progress.update}: {means}")
             for row in rows:
                 bar.write("  " + textwrap.shorten(f"{row['prompt']} | {row['reply']}", 500))
 
     def is_due(every):
-        return progress.update == cfg.num_updates or (every and progress.update % every == 0)
+        return progress.update == cfg.num_updates or every and progress.update % every == 0
 
     with finish_on_signal(run) as asked, bar, task.lock:
         if progress.update == 0:
@@ -1680,7 +1682,7 @@ def demo_task(seed, steps=160):
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
-    config = LlamaConfig(
+    lm = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(words),
         hidden_size=128,
         intermediate_size=256,
@@ -1689,8 +1691,7 @@ def demo_task(seed, steps=160):
         initializer_range=0.05,
         tie_word_embeddings=True,
         eos_token_id=1,
-    )
-    lm = LlamaForCausalLM(config)
+    ))
     pick = random.Random(seed).choice
 
     def clause():
@@ -1736,8 +1737,9 @@ class Flags:
     run: RunConfig
 
 
-def parse(argv: list[str] | None) -> Config:
-    """The command line as a Config. Defaults are those of the resumed run, or the demo's if there is no model."""
+def parse(argv) -> Config:
+    """The command line, a list of strings, as a Config. Its defaults are those of the resumed run, or the demo's if
+    there is no model."""
     import tyro
 
     def read(defaults):
@@ -1745,17 +1747,23 @@ def parse(argv: list[str] | None) -> Config:
             kind(**{name: getattr(defaults, name) for name in kind.__dataclass_fields__})
             for kind in Config.__bases__
         ]
-        style = [tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction]
-        flags = tyro.cli(Flags, args=argv, default=Flags(*parts), config=style)
-        return Config(**vars(flags.task), **vars(flags.ppo), **vars(flags.run))
+        flags = tyro.cli(
+            Flags,
+            args=argv,
+            default=Flags(*parts),
+            config=[tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction]
+        )
+        return Config(**vars(flags.task) | vars(flags.ppo) | vars(flags.run))
 
-    cfg = read(Config())
-    if cfg.resume is None:
-        return cfg if cfg.model else read(DEMO)
-    return read(read_config(cfg.resume)[0])
+    given = read(Config())
+    if given.model and given.resume is None:
+        return given
+    known = read_config(given.resume)[0] if given.resume else DEMO
+    lists = {name: x for name, x in vars(given).items() if x and isinstance(x, tuple)}
+    return dataclasses.replace(read(known), **lists)  # tyro adds to a list that is known; one given takes its place
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     """Exit status: 0 done, 1 the run failed, 2 it could not begin, 130 interrupted. argv None: the command line."""
     status = 2
     try:
@@ -1767,7 +1775,7 @@ def main(argv: list[str] | None = None):
         return 130
     except Exception as e:
         file = Path(tempfile.gettempdir(), f"ppo_llm-{os.getpid()}.txt")
-        file.write_text(traceback.format_exc())
+        file.write_text(traceback.format_exc(), encoding="utf-8")
         said = (x.strip().removeprefix("ValueError: ") for x in reversed(traceback.format_exception_only(e)))
         print(f"ppo_llm.py: {textwrap.shorten(': '.join(said), 1500)} (traceback: {file})", file=sys.stderr)
         return status

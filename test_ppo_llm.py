@@ -7,6 +7,7 @@ random, and one character is one token. `pytest -m "not slow"` leaves out whole 
 """
 
 import ast
+import asyncio
 import contextlib
 import copy
 import dataclasses
@@ -37,7 +38,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested bit for bit is the CPU
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, Phase, assume, event, example, given, settings
+from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -403,21 +404,6 @@ def test_policy_loss_by_brute_force(data, mask, low, cliprange_high):
     assert not slope[~mask].any()
 
 
-@given(st.floats(-1, 1).filter(bool), number.filter(lambda a: abs(a) > 0.01))
-@example(math.log(1.5), 1.0)
-@example(math.log(0.5), -1.0)
-def test_policy_loss_at_a_tie(log_ratio, advantage):
-    """ρ on the very edge of its range: both arguments of the minimum are ρA, nothing is clipped, the gradient flows."""
-    new = real([[log_ratio]]).requires_grad_()
-    ratio = new.exp().item()
-    cliprange = abs(ratio - 1)
-    assume(ratio in (1 - cliprange, 1 + cliprange))  # in floating point too
-    loss, stats = P.policy_loss(new, real([[0.0]]), real([[advantage]]), torch.tensor([[True]]), cliprange)
-    assert error(loss, -ratio * advantage) < 1e-12
-    assert stats["policy/clipfrac"] == 0
-    assert error(gradient(loss, new), [[-ratio * advantage]]) < 1e-12
-
-
 def test_policy_loss_worked_by_hand():
     """ε = 0.2: the four objectives are 2.4, -0.8, -3 and 1.1, their mean -0.075, the loss 0.075.
 
@@ -462,20 +448,6 @@ def test_value_loss_by_brute_force(data, mask, cliprange_value):
     assert error(slope[mask], torch.where(clipped, 0.0, miss / len(v))) < 1e-10
     assert not slope[mask][clipped].any()
     assert not slope[~mask].any()
-
-
-@given(st.integers(-8, 8), st.integers(-4, 4).filter(bool), number)
-@example(0, 1, 1.0)
-@example(0, -1, 1.0)
-def test_value_loss_at_a_tie(old, change, target):
-    """V on the very edge of its range, in floating point too: nothing is clipped, the whole gradient flows."""
-    old = real([[old / 4]])  # quarters are exact
-    new = (old + change / 4).requires_grad_()
-    loss, stats = P.value_loss(new, old, real([[target]]), torch.tensor([[True]]), abs(change / 4))
-    miss = new.item() - target
-    assert error(loss, miss**2 / 2) < 1e-12
-    assert stats["val/clipfrac"] == 0
-    assert error(gradient(loss, new), [[miss]]) < 1e-12
 
 
 def test_value_loss_worked_by_hand():
@@ -1064,16 +1036,18 @@ def test_with_learning_rate_0_nothing_moves(kind, holes):
 
 
 def test_the_first_ratio_is_1_in_bfloat16_too():
-    """Since π_old comes from the same forward: its error, against float32, is in both."""
+    """Since π_old comes from the same forward: its error, against float32, is in both. On some processors that depends
+    on how many replies are computed together, so here all are."""
+    cfg = settings_of(num_mini_batches=1, micro_batch_size=8)
     actor = P.Actor(tiny("llama").float(), torch.bfloat16)
     rollout = replies_to(actor)
-    P.fill_logprobs_and_values(actor, None, rollout, settings_of())
+    P.fill_logprobs_and_values(actor, None, rollout, cfg)
     exact, _, _ = actor(whole(rollout), 0.8)
     actor.dtype = torch.float32
     assert error(actor(whole(rollout), 0.8)[0], exact) > 1e-3
     actor.dtype = torch.bfloat16
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
-    assert ppo_steps(actor, rollout, settings_of())["policy/approxkl"] < 1e-7
+    assert ppo_steps(actor, rollout, cfg)["policy/approxkl"] < 1e-7
 
 
 def test_an_update_leaves_the_rollout_as_it_was():
@@ -1401,13 +1375,16 @@ def test_sample_and_loss_can_be_replaced():
 
     def sample(actor, prompts, stop_ids, cfg):
         asked.append((len(prompts), stop_ids))
-        return with_hole(P.sample_replies(actor, prompts, stop_ids, cfg))
+        rollout = with_hole(P.sample_replies(actor, prompts, stop_ids, cfg))
+        rollout.sampler_logprobs = rollout.sampler_logprobs.half()  # an engine's
+        return rollout
 
     def each_token(prompts, replies):
         return torch.arange(48.0).view(8, 6), {"own": 7.0}
 
     def loss(actor, batch, cfg):
         assert not batch.mask[:, 1:2].any()
+        assert batch.rewards.dtype == REAL
         value, _ = P.ppo_loss(actor, batch, cfg)
         return 0 * value, {"loss/mine": torch.tensor(3.0)}
 
@@ -1416,9 +1393,11 @@ def test_sample_and_loss_can_be_replaced():
     assert (metrics["loss/mine"], metrics["grad_norm"], metrics["own"]) == (pytest.approx(3), 0, 7)
 
 
-@pytest.mark.parametrize("changes", [dict(num_mini_batches=3), dict(samples_per_prompt=3)])
-def test_a_batch_that_cannot_be_divided_is_refused(changes):
-    with pytest.raises(ValueError, match="batch_size 8: expected a multiple of"):
+@pytest.mark.parametrize(
+    "changes", [dict(num_mini_batches=3), dict(samples_per_prompt=3), dict(kl_coef=0.0, kl_target=6.0)]
+)
+def test_settings_that_do_not_fit_together_are_refused(changes):
+    with pytest.raises(ValueError, match="expected a multiple of|expected with it a kl_coef above 0"):
         trained(settings_of(**changes))
 
 
@@ -1431,11 +1410,17 @@ def test_scores_that_cannot_train_are_refused(scores):
         trained(settings_of(), lambda prompts, replies: (scores, {}))
 
 
-def test_a_mask_beyond_the_reply_is_refused():
-    def sample(*arguments):
-        return dataclasses.replace(P.sample_replies(*arguments), mask=torch.tensor([[True]]))
+@pytest.mark.parametrize("changed", ["mask", "present"])
+def test_a_mask_beyond_the_reply_is_refused_and_a_hole_in_the_reply(changed):
+    """Of the second more tokens are trained on than `select` keeps."""
 
-    with pytest.raises(ValueError, match="only where `present` is"):
+    def sample(*arguments):
+        rollout = with_hole(P.sample_replies(*arguments))
+        return dataclasses.replace(
+            rollout, **{changed: rollout.mask if changed == "present" else rollout.mask + True}
+        )
+
+    with pytest.raises(ValueError, match="expected `present` without holes, and `mask`"):
         trained(settings_of(), sample=sample)
 
 
@@ -1553,6 +1538,8 @@ def test_each_epoch_visits_every_reply_once_in_a_new_order(monkeypatch):
         orders.add(tuple(epoch))
     assert len(visited) == 10
     assert len(orders) == 4
+    trained(settings_of(num_updates=2), lambda *arguments: (torch.rand(8) * 0 + fours(*arguments)[0], {}))
+    assert visited[10:] == visited[:10]  # whatever a score draws
 
 
 def test_prompts_are_drawn_pass_by_pass_and_each_gets_its_replies():
@@ -1791,6 +1778,7 @@ SOUND = "--model model --prompts letters.txt --reward rewards.py:worth --respons
 BAD = {  # what is added to the sound command: what the one line says
     "--batch-size 4 --num-mini-batches 8": "batch_size 4: expected a multiple of 8",
     "--samples-per-prompt 3": "batch_size 128: expected a multiple of 12",
+    "--kl-coef 0 --kl-target 6": "kl_target: expected with it a kl_coef above 0",
     "--gamma nan": "--gamma nan: expected a number in [0, 1]",
     "--device warp": "--device warp",
     "--output-dir rewards.py/x": "rewards.py/x: expected a new folder, or with --resume",
@@ -1827,7 +1815,6 @@ BAD = {  # what is added to the sound command: what the one line says
     "--reward-weights nan": "finite --reward-weights",
     "--reward-weights 0": "as many --reward-weights or none, not all 0",
     "--reward-label x": "--reward-label: expected with it a --reward-model",
-    "--reward-model scorer --reward-label x": "--reward-label: expected one of LABEL_0, the labels of scorer",
     "--reward-model model": "model as ModelForSequenceClassification: it holds no score.weight",
     "--reward-model judge": "--reward-label: expected one of LABEL_0, LABEL_1",
 }
@@ -1857,7 +1844,6 @@ WRONG = [
     (dict(temperature=0.0), "--temperature 0.0", "expected a number above 0"),
     (dict(learning_rate=float("inf")), "--learning-rate inf", "expected a number above 0"),
     (dict(kl_coef=-1.0), "--kl-coef -1.0", "expected a number of 0 or more"),
-    (dict(kl_coef=0.0, kl_target=6.0), None, "--kl-target: expected with it a --kl-coef above 0"),
 ]
 
 
@@ -1866,7 +1852,7 @@ def test_a_setting_of_the_wrong_type_or_size_is_refused(changes, note, message):
     """From Python too, where no command line has looked at it."""
     with pytest.raises(Exception, match=re.escape(message)) as refusal:
         Config(**changes)
-    assert getattr(refusal.value, "__notes__", [None]) == [note]
+    assert refusal.value.__notes__ == [note]
 
 
 MISTAKEN = {  # an argument of `train`: what is wrong with it
@@ -2367,14 +2353,18 @@ class Judge:
         return worth(prompts, completions)
 
 
-async def later(prompts, completions, **columns):
-    return worth(prompts, completions)
-
-
 def test_rewards_may_be_asynchronous_and_objects(tmp_path):
+    """All calls have one event loop, for the connections that a reward keeps."""
+    loops = set()
+
+    async def later(prompts, completions, **columns):
+        loops.add(asyncio.get_running_loop())
+        return worth(prompts, completions)
+
     run = P.train(quick(tmp_path), ["a", "bc"], [worth, later, Judge()], model_of(), letters())
     row = metrics_of(run)[1]
     assert row["rewards/worth"] == row["rewards/later"] == row["rewards/Judge"] != 0
+    assert len(loops) == 1
 
 
 def test_a_reward_may_end_the_processes_that_it_starts(tmp_path, capfd):
@@ -2684,6 +2674,26 @@ def test_a_changed_or_damaged_run_is_refused(change, copied, capsys):
     assert P.main(["--resume", str(copied), *flags]) == 2
     assert REFUSED[change] in the_line(capsys)
     assert files_of(copied) == before
+
+
+def test_only_the_process_with_the_lock_cuts_the_logs(copied, monkeypatch):
+    """Another may come here before that one has found the folder in use. And a log that is gone is not padded."""
+    (copied / "metrics.jsonl").unlink()
+    assert P.main(["--resume", str(copied), "--num-updates", "7"]) == 0
+    assert {*updates_of(copied)} == {7}
+    cfg, begun = P.read_config(copied)
+    (copied / "checkpoint.pt").unlink()
+    before = files_of(copied)
+    with monkeypatch.context() as patch:
+        patch.setattr(P, "world", lambda: (1, 2))
+        P.resume(SimpleNamespace(cfg=cfg, run=copied, progress=Progress(0.1)), begun)
+    assert files_of(copied) == before
+
+
+def test_a_list_that_is_given_takes_the_place_of_the_one_known(finished):
+    """Of the run's, when its command is repeated, and of the demo's."""
+    assert P.parse(["--resume", str(finished), "--reward", "x.py:f"]).reward == ("x.py:f",)
+    assert P.parse("--reward-weights 0 --reward-weights 1".split()).reward_weights == (0, 1)
 
 
 def test_what_a_run_began_with_is_known_by_its_bytes():
@@ -3364,8 +3374,8 @@ MUSEUM = {
     ),
     "V after a token as the baseline of that token: the gradient is biased, whatever the critic": (
         "Actor.forward",
-        "(features).squeeze(-1)",
-        "(features).squeeze(-1).roll(-1, 1)",
+        ".to(self.real)).squeeze(-1)",
+        ".to(self.real)).squeeze(-1).roll(-1, 1)",
         test_expected_ppo_gradient_is_the_policy_gradient,
         *ON_POLICY[0],
     ),
