@@ -111,7 +111,10 @@ def draw_details(path: Path) -> Figure:
     found = results.read(results.largest(path))
     tasks = [task for task in results.PRICES if any(task == name for name, _, _ in found)]
     changes = dict.fromkeys(change for _, change, _ in found if change != "defaults")
-    differences = {change: [results.worth(found, task, change)["mean"] for task in tasks] for change in changes}
+    differences = {
+        change: [results.mean_and_error(results.worth(found, task, change)["mean"]) for task in tasks]
+        for change in changes
+    }
     order = sorted(changes, key=lambda change: statistics.fmean(mean for mean, _ in differences[change]))
     figure = Figure(figsize=(8.6, 0.8 + 0.2 * len(order)), layout="constrained")
     for i, (axes, task) in enumerate(zip(figure.subplots(1, len(tasks), sharey=True), tasks)):

@@ -47,8 +47,6 @@ DETAILS = {
     "no KL penalty": dict(kl_coef=0.0),
     "adaptive KL": dict(kl_target=KL_TARGETS, kl_horizon=1000.0),
     "entropy bonus 0.01": dict(ent_coef=0.01),
-    "temperature 0.7": dict(temperature=0.7),
-    "temperature 1.3": dict(temperature=1.3),
     "target KL off": dict(target_kl=None),
     "target KL 0.1": dict(target_kl=0.1),
     "learning rate / 3": dict(learning_rate=1 / 3),  # times the task's
