@@ -31,7 +31,7 @@ NEVER = 3840  # replies after which a run of learning.py that has not reached it
 
 
 def pm(xs, digits=2) -> str:
-    return "{:.{}f} ± {:.{}f}".format(*(x for y in results.mean_and_error([*xs]) for x in (y, digits)))
+    return "{:z.{}f} ± {:.{}f}".format(*(x for y in results.mean_and_error([*xs]) for x in (y, digits)))
 
 
 def runs(name: str, task: str, change: str, commit: str | None = None) -> list[dict]:
@@ -209,8 +209,8 @@ def sentences():
         errors += [100 * row["eval/score_se"] for rows in held_out for row in rows]
     yield (
         f"- SmolLM2-135M learns sums of pairs from 1 to 20: of 120 held out {before['1-20']}% are right "
-        f"before and {after['1-20']}% after {held_out[0][-1]['update'] * 128:,} replies, of pairs from 2 to 59 "
-        f"{before['2-59']}% and {after['2-59']}% (± {max(errors):.0f} at most)"
+        f"before and {after['1-20']}% after {held_out[0][-1]['update'] * 128:,} replies, of pairs from 2 to 59, one "
+        f"seed, {before['2-59']}% and {after['2-59']}% (± {max(errors):.0f} at most, over sums)"
     )
     count = len(runs("critic", "early-128", "critic"))
     ends = {
@@ -221,7 +221,8 @@ def sentences():
     yield (
         "- Replies of 128 tokens: where one early token is scored, J, score − β·KL, ends at {} with a critic, {} "
         "without and {} with a group's mean; ".format(*ends["early-128"])
-        + "where all are, at the end, at {}, {} and {} ({} seeds).".format(*ends["end-128"], count)
+        + "where all are, but the sum is paid at the end, at {}, {} and {} ({} seeds, ".format(*ends["end-128"], count)
+        + "each at its best rate at 64 tokens)."
     )
     both = [
         fmean(results.replies_to_goal(run, results.GOALS[task])
@@ -231,8 +232,11 @@ def sentences():
     yield (
         "Each token paid at once takes {:.0f} replies to a goal in place of {:.0f}, with a critic.".format(*both)
     )
+    found = results.read(results.largest(HERE / "study" / "details.csv"))
+    counts = [len(results.worth(found, task, "1 epoch")["mean"]) for task in ("demo", "sums", "ends")]
     yield (
-        f"- One epoch in place of four loses {losses('1 epoch')} of a run on three small tasks (ten seeds each)."
+        f"- One epoch in place of four loses {losses('1 epoch')} of a run on three small tasks ({min(counts)} to "
+        f"{max(counts)} seeds)."
     )
     yield f"- λ = 0.95 in place of 1 loses {losses('lam=0.95')}: replies there have 48 tokens at most."
 

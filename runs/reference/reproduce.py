@@ -25,7 +25,7 @@ KIND = (f"{SMOL} --output-dir runs/reference/smollm2/kind-$i --prompts SmolLM2/o
 RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "demo": ("10 min", f"{TABLE} demo && python plot.py demo demo-seed[2-5] -o demo.svg",
              f"{STUDY} demo && python ../../ppo_llm.py --output-dir demo && {DEMOS}"),  # into folders that are not there
-    "details": ("4 h", f"{TABLE} details && python plot.py study/details.csv", f"{STUDY} details"),
+    "details": ("7 h", f"{TABLE} details && python plot.py study/details.csv", f"{STUDY} details"),
     "penalty": ("45 min", f"{TABLE} penalty && python plot.py study/penalty.csv", f"{STUDY} penalty"),
     "trl": ("100 min", f"{TABLE} trl", f"{STUDY} trl && {TRL} study/trl_tasks.py --times 0.33333 1 3"),
     "critic": ("9 h", f"{TABLE} critic && python plot.py study/critic.csv", f"{STUDY} critic"),
