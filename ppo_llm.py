@@ -909,7 +909,7 @@ class TaskConfig:
     """What is trained, on which prompts, and for which rewards."""
     model: str | None = None  # hub name or folder of a causal language model; None: the embedded demo
     prompts: str | None = None  # .txt, a prompt a line, or .jsonl, rows with "prompt" and columns; None: the demo's
-    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION; f(prompts, completions, **columns) -> a number, list or None a reply
+    reward: tuple[str, ...] = ()  # FILE.py:FUNCTION, f(prompts, completions, **columns): a number, list or None a reply
     reward_model: tuple[str, ...] = ()  # name or folder of a sequence classifier for prompt and reply
     reward_label: str | None = None  # the label that scores, of reward models with several; None: they have one
     reward_weights: tuple[float, ...] = ()  # of each --reward, then --reward-model; 0 measures only; none: all 1
@@ -925,7 +925,7 @@ class RunConfig:
     critic_lr: Positive | None = None  # that of the value head, and of a separate critic; None: the policy's
     critic: Literal["shared", "separate"] = "shared"  # a head on the policy's hidden states; separate: on a copy's
     output_dir: str | None = None  # new folder of the run; None: runs/TIME-PROCESS
-    save_every: Count | None = None  # updates between checkpoints, besides the end, Ctrl-C and errors; None: only those
+    save_every: Count | None = None  # updates between checkpoints, besides the end, Ctrl-C and errors; None: those
     eval_every: Count | None = None  # updates between evaluations with samples, besides first and last; None: those
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
