@@ -698,14 +698,14 @@ def ppo(
     loss: Callable = ppo_loss,
 ):
     """Train the actor in place until cfg.num_updates updates are done. Yields the metrics of each update and
-    four samples, each (prompt, token ids of the reply, score, KL in nats).
+    four samples, each (prompt, token ids of the reply, score, KL in nats). A generator: it trains while it is iterated.
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
-    score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats on the
-    CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the rollout, by default
-    cfg.response_length; metrics are floats by name, to be logged. Where there are several processes, all must get the
-    same. stop_ids: the tokens that end a reply.
+    score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats in a
+    tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
+    rollout, by default cfg.response_length; metrics are floats by name, to be logged. Where there are several
+    processes, all must get the same. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     During an update it still counts those before it, 0 in the first: `score`, `sample` and `loss` may read it, for a
     coefficient that changes.
@@ -714,7 +714,7 @@ def ppo(
     loss(actor, batch, cfg) -> (loss, stats): what takes the place of `ppo_loss`. It is called for each micro-batch and
     gives a mean over `batch.mask`; stats are such means too, as tensors of no dimension, among them "policy/approxkl".
 
-    Raises ValueError for a batch that cannot be divided, for a reference, scores or masks that do not fit, and
+    Raises ValueError for settings that do not fit together, and for a reference, scores or masks that do not fit them;
     FloatingPointError for a policy that diverges. Ranges of settings are checked in Part II.
     """
     check(cfg)
@@ -925,8 +925,8 @@ class RunConfig:
     critic_lr: Positive | None = None  # that of the value head, and of a separate critic; None: the policy's
     critic: Literal["shared", "separate"] = "shared"  # a head on the policy's hidden states; separate: on a copy's
     output_dir: str | None = None  # new folder of the run; None: runs/TIME-PROCESS
-    save_every: Count | None = None  # updates between checkpoints, besides the end, Ctrl-C and errors; None: those
-    eval_every: Count | None = None  # updates between evaluations with samples, besides first and last; None: those
+    save_every: Count | None = None  # updates between checkpoints; None: only at the end, on Ctrl-C and on errors
+    eval_every: Count | None = None  # updates between held-out evaluations with samples; None: only first and last
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA that has it
