@@ -1583,7 +1583,8 @@ def run_task(task: Task):
             for prompt, ids, score, kl in samples
         ]
         for name, lines in zip(LOGS, ([metrics], rows)):
-            with open(run / name if is_first else os.devnull, "a", encoding="utf-8") as f:
+            # What UTF-8 cannot write, half an emoji where data was cut, becomes its JSON escape.
+            with open(run / name if is_first else os.devnull, "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         if held_out and rows:
             means = ", ".join(
@@ -1598,7 +1599,7 @@ def run_task(task: Task):
         return progress.update == cfg.num_updates or every and progress.update % every == 0
 
     with finish_on_signal(run) as asked, bar, task.lock:
-        if progress.update == 0:
+        if not progress.update:
             log(*evaluate_held_out(task), held_out=True)
         updates = ppo(task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress)
         try:
@@ -1618,7 +1619,7 @@ def run_task(task: Task):
                     )
         except Exception as e:
             # Of several processes the others may be gone.
-            if progress.update > 0 and world()[1] == 1 and all(x.isfinite().all() for x in task.actor.parameters()):
+            if progress.update and world()[1] == 1 and all(x.isfinite().all() for x in task.actor.parameters()):
                 save(task)
                 e.add_note(f"saved after update {progress.update} and any steps since, to go on: --resume {run}")
             raise
@@ -1756,7 +1757,7 @@ def parse(argv) -> Config:
         return Config(**vars(flags.task) | vars(flags.ppo) | vars(flags.run))
 
     given = read(Config())
-    if given.model and given.resume is None:
+    if given.model and not given.resume:
         return given
     known = read_config(given.resume)[0] if given.resume else DEMO
     lists = {name: x for name, x in vars(given).items() if x and isinstance(x, tuple)}
