@@ -32,7 +32,7 @@ def at_the_end(prompts, replies):
 
 
 def train(score):
-    """The mean score of each update."""
+    """The mean score of each update, and the explained variance of the last."""
     seed_everything(0)
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=32, n_layer=2, n_embd=64, n_head=4, bos_token_id=None, eos_token_id=None)
@@ -41,11 +41,12 @@ def train(score):
     optimizer = torch.optim.AdamW(actor.parameters(), lr=3e-3, weight_decay=0.0)
     prompts = [Prompt(torch.randint(32, (8,)).tolist()) for _ in range(512)]
     cfg = PPOConfig(num_updates=15, batch_size=64, response_length=T, kl_coef=0.005)
-    updates = ppo(actor, ref, optimizer, prompts, score, [], cfg, Progress(cfg.kl_coef))
-    return [metrics["objective/scores"] for metrics, _ in updates]
+    updates = [metrics for metrics, _ in ppo(actor, ref, optimizer, prompts, score, [], cfg, Progress(cfg.kl_coef))]
+    return [metrics["objective/scores"] for metrics in updates], updates[-1]["val/explained_variance"]
 
 
 if __name__ == "__main__":
     for score in (at_the_end, at_each_token):
-        scores = train(score)
-        print(f"{score.__name__}: first {scores[0]:.2f}, mean {fmean(scores):.2f}, last {scores[-1]:.2f}")
+        scores, fit = train(score)
+        said = f"first {scores[0]:.2f}, mean {fmean(scores):.2f}, last {scores[-1]:.2f}, explained variance {fit:.2f}"
+        print(f"{score.__name__}: {said}")

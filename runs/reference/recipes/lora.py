@@ -49,7 +49,8 @@ if __name__ == "__main__":
     prompts = [Prompt(torch.randint(32, (8,)).tolist()) for _ in range(512)]
     cfg = PPOConfig(num_updates=15, batch_size=64, response_length=24, kl_coef=0.01)
     for metrics, _ in ppo(actor, reference(model, actor), optimizer, prompts, score, [], cfg, Progress(cfg.kl_coef)):
-        print("score {objective/scores:.2f}, KL {objective/kl:.1f}".format_map(metrics))
+        shown = "score {objective/scores:.2f}, KL {objective/kl:.1f}, old to new {policy/approxkl:.1e}"
+        print(shown.format_map(metrics))
     model.save_pretrained(f"{folder}/adapters")  # AutoPeftModelForCausalLM loads it
     merged = AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapters", dtype=torch.float32).merge_and_unload()
     merged.save_pretrained(f"{folder}/policy")  # AutoModelForCausalLM loads it

@@ -74,4 +74,5 @@ if __name__ == "__main__":
     prompts = [Prompt([a, PLUS, b, IS]) for a, b in sums]
     sample = partial(converse, calculator, 5)
     for metrics, _ in ppo(actor, ref, optimizer, prompts, score, [CALL, END], cfg, Progress(cfg.kl_coef), sample):
-        print("right {objective/scores:.2f}, calls {calls:.2f}, KL {objective/kl:.1f}".format_map(metrics))
+        shown = "right {objective/scores:.2f}, calls {calls:.2f}, length {reply/length:.1f}, KL {objective/kl:.1f}"
+        print(shown.format_map(metrics))
