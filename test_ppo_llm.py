@@ -29,6 +29,7 @@ import textwrap
 import time
 import tokenize
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType, SimpleNamespace
@@ -60,9 +61,8 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shrink what fails may take minutes
 )
 settings.load_profile("ppo")
-torch.set_num_threads(
-    1
-)  # as in the subprocesses: sums of another number of threads are rounded in other ways
+# As in the subprocesses: sums of another number of threads are rounded in other ways.
+torch.set_num_threads(1)
 
 REAL = torch.float64
 SOURCE = Path(P.__file__).read_text()
@@ -2762,15 +2762,6 @@ def test_a_run_says_how_it_goes(tmp_path, capsys, monkeypatch):
     assert f"from_pretrained('{run}/policy')" in shown.out
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_a_run_ends_as_if_never_disturbed(tmp_path):
-    """Ten times; runs/reference/bench/kill.py does it as often as one likes."""
-    words = [sys.executable, HERE / "runs" / "reference" / "bench" / "kill.py", "10"]
-    done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"killed 10 times, \d+ of them in a save: the same at the end\n", done.stdout)
-
-
 # -------------------------------------------------------------------------------------- a device that is not the CPU
 # Its tensors say "far:0", hold real numbers and compute on the CPU. A tensor of the CPU among them is an error, as on a
 # GPU, and what makes the host wait for the device is counted by the function that asked.
@@ -2998,26 +2989,6 @@ def test_three_processes_go_on_with_what_one_saved(finished, half):
 # ---------------------------------------------------------------------------------------- the demo, README and the rest
 
 
-@pytest.mark.slow
-def test_the_demo_improves_and_leaves_what_it_promises(tmp_path):
-    """As a user runs it: the held-out score rises by more than 2 and the reviews stay fluent."""
-    words = [sys.executable, P.__file__, "--output-dir", "runs/demo"]
-    done = subprocess.run(words, cwd=tmp_path, env=ENV | {"COLUMNS": "80"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for expected in ("Held-out, update 20: score", "fluency", " | ", "from_pretrained('runs/demo/policy')"):
-        assert expected in done.stdout
-    assert max(len(line) for line in done.stdout.splitlines() if " | " not in line) <= 120
-    run = tmp_path / "runs" / "demo"
-    before, *_, after = metrics_of(run)
-    assert after["eval/score"] > before["eval/score"] + 2
-    assert after["eval/rewards/fluency"] > 0.8
-    assert before["eval/kl"] == pytest.approx(0, abs=1e-5)
-    assert {"update", "prompt", "reply", "score", "kl"} <= set(lines(run / "samples.jsonl")[0])
-    policy = AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
-    trained = torch.load(run / "checkpoint.pt")["actor"]
-    assert all(torch.equal(x, trained[f"lm.{name}"]) for name, x in policy.items())
-
-
 def test_the_demos_model_and_its_training_follow_the_seed():
     def weights(seed):
         P.seed_everything(seed)
@@ -3110,28 +3081,87 @@ def test_published_numbers_are_those_of_the_rows():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# -------------------------------------------------------------------------------------------------------- the recipes
+# ------------------------------------------------------------------------------------------- scripts that take long
+
+
+@pytest.fixture(scope="session")
+def printed(request, tmp_path_factory):
+    """What a script prints. Those of all tests that were selected run two at a time, as each has one thread."""
+
+    def run(script):
+        words = [sys.executable, *script.replace("TMP", str(tmp)).split()]
+        return subprocess.run(words, cwd=HERE, env=ENV | {"COLUMNS": "80"}, capture_output=True, text=True)
+
+    def wait(script):
+        done = runs[script].result()
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    tmp = tmp_path_factory.mktemp("scripts")
+    scripts = [x.callspec.params["script"] for x in request.session.items if "script" in x.fixturenames]
+    with ThreadPoolExecutor(2) as pool:
+        runs = {script: pool.submit(run, script) for script in scripts}
+        yield wait
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["ppo_llm.py --output-dir TMP/demo"])
+def test_the_demo_improves_and_leaves_what_it_promises(script, printed):
+    """As a user runs it: the held-out score rises by more than 2 and the reviews stay fluent."""
+    out = printed(script)
+    for expected in ("Held-out, update 20: score", "fluency", " | "):
+        assert expected in out
+    assert max(len(line) for line in out.splitlines() if " | " not in line) <= 120
+    run = Path(re.search("from_pretrained\\('(.*)/policy'", out)[1])
+    before, *_, after = metrics_of(run)
+    assert after["eval/score"] > before["eval/score"] + 2
+    assert after["eval/rewards/fluency"] > 0.8
+    assert before["eval/kl"] == pytest.approx(0, abs=1e-5)
+    assert {"update", "prompt", "reply", "score", "kl"} <= set(lines(run / "samples.jsonl")[0])
+    policy = AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
+    trained = torch.load(run / "checkpoint.pt")["actor"]
+    assert all(torch.equal(x, trained[f"lm.{name}"]) for name, x in policy.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["runs/reference/bench/kill.py 10"])
+def test_killed_at_random_moments_a_run_ends_as_if_never_disturbed(script, printed):
+    """Ten times; runs/reference/bench/kill.py does it as often as one likes."""
+    assert re.fullmatch(r"killed 10 times, \d+ of them in a save: the same at the end\n", printed(script))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["runs/reference/bench/gpu.py --tiny"])
+def test_the_script_for_a_gpu_runs_on_a_cpu(script, printed):
+    """What can be tried of it here: on a GPU each line is a figure."""
+    rows = {row["what"]: row for row in map(json.loads, printed(script).splitlines())}
+    for kind in ("124M", "1.5B"):
+        assert rows[f"static_decode {kind}"]["sampler_gap"] < 0.02
+        assert rows[f"bfloat16 {kind}"]["gradient_cosine_to_float32"] > 0.99
+    assert rows["demo bfloat16"]["updates"] == 3
+
 
 RECIPES = {  # what each prints; what must hold of the numbers in that
-    "tools.py": (
+    "runs/reference/recipes/tools.py": (
         r"right ([\d.]+), calls ([\d.]+)",
         lambda x: x[-1][0] > 0.6 > 0.4 > x[0][0] and x[-1][1] > 0.7,
     ),
-    "dense.py": (
+    "runs/reference/recipes/dense.py": (
         r"first ([\d.]+), mean ([\d.]+), last ([\d.]+)",
         lambda x: x[1][1] > x[0][1] > x[0][0] + 0.2,
     ),
-    "grpo.py": (
+    "runs/reference/recipes/grpo.py": (
         r"score ([\d.]+) to ([\d.]+), KL ([\d.]+)",
         lambda x: min(x[0][1], x[1][1]) > 0.7 and x[0][2] < x[1][2],
     ),
-    "q_critic.py": (r"score ([\d.]+)", lambda x: x[-1][0] > 0.7 > 0.5 > x[0][0]),
-    "lora.py x": (r"score ([\d.]+)", lambda x: x[-1][0] > x[0][0] + 0.2),
-    "engine.py": (
+    "runs/reference/recipes/q_critic.py": (r"score ([\d.]+)", lambda x: x[-1][0] > 0.7 > 0.5 > x[0][0]),
+    "runs/reference/recipes/lora.py TMP/lora": (r"score ([\d.]+)", lambda x: x[-1][0] > x[0][0] + 0.2),
+    "runs/reference/recipes/engine.py": (
         r"score ([\d.]+), gap ([\d.e-]+)",
         lambda x: min(x[11][0], x[-1][0]) > x[0][0] + 0.2 and x[11][1] < 1e-5 and x[-1][1] > 0.1,
     ),
-    "reward_training.py x": (
+    "runs/reference/recipes/reward_training.py TMP/rewards": (
         r"reward (-?[\d.]+), sentiment (-?[\d.]+)\n",
         lambda x: x[-1][0] > x[0][0] + 0.5 and x[-1][1] + 0.2 < max(y for _, y in x) > x[0][1] + 0.5,
     ),
@@ -3139,30 +3169,15 @@ RECIPES = {  # what each prints; what must hold of the numbers in that
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_learns(recipe, tmp_path):
+@pytest.mark.parametrize("script", RECIPES)
+def test_a_recipe_learns(script, printed):
     """As its first lines say, from the top of the repository."""
-    if recipe.startswith("lora"):
+    if "lora" in script:
         pytest.importorskip("peft")
-    pattern, holds = RECIPES[recipe]
-    words = f"{sys.executable} runs/reference/recipes/{recipe}".replace(" x", f" {tmp_path}/x").split()
-    done = subprocess.run(words, cwd=HERE, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    numbers = [[*map(float, found.groups())] for found in re.finditer(pattern, done.stdout)]
-    assert holds(numbers), done.stdout
-
-
-@pytest.mark.slow
-def test_the_script_for_a_gpu_runs_on_a_cpu():
-    """What can be tried of it here: on a GPU each line is a figure."""
-    words = [sys.executable, "runs/reference/bench/gpu.py", "--tiny"]
-    done = subprocess.run(words, cwd=HERE, env=ENV, capture_output=True, text=True)
-    rows = {row["what"]: row for row in map(json.loads, done.stdout.splitlines())}
-    assert done.returncode == 0, done.stdout + done.stderr
-    for kind in ("124M", "1.5B"):
-        assert rows[f"static_decode {kind}"]["sampler_gap"] < 0.02
-        assert rows[f"bfloat16 {kind}"]["gradient_cosine_to_float32"] > 0.99
-    assert rows["demo bfloat16"]["updates"] == 3
+    pattern, holds = RECIPES[script]
+    out = printed(script)
+    numbers = [[*map(float, found.groups())] for found in re.finditer(pattern, out)]
+    assert holds(numbers), out
 
 
 @pytest.mark.slow

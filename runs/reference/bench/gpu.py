@@ -427,7 +427,7 @@ def demo() -> None:
     for dtype in ("float32", "bfloat16"):
         with part(f"demo {dtype}"), tempfile.TemporaryDirectory() as folder:
             run = f"{folder}/run"
-            small = dict(num_updates=2, batch_size=16) if TINY_SHAPES else {}
+            small = dict(num_updates=2, batch_size=16, response_length=8, num_ppo_epochs=1) if TINY_SHAPES else {}
             cfg = dataclasses.replace(P.DEMO, device=str(DEVICE), dtype=dtype, output_dir=run, **small)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 start = time.perf_counter()
