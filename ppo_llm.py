@@ -17,12 +17,13 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
   1. Generate: the policy writes a reply to each of B prompts (`sample_replies`). A `Rollout` holds the replies and all
      that is computed for them.
   2. Score: a function of yours gives each reply a number, or one for each of its tokens.
-  3. Log-probabilities and values: a forward pass of the policy gives both for every token of the replies; a critic
-     that is a model of its own takes a second pass. A frozen copy of the first policy, the reference, gives its own
-     log-probabilities (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is its score less β·KL, the price of leaving the reference. A return is the sum
-     of the rewards from a token on. A value V is the critic's prediction of the return. An advantage is how much better
-     it went than predicted: with γ = λ = 1, the defaults, the return less V, then scaled (`compute_advantages`).
+  3. Log-probabilities and values: a value V is what the critic, a second head of the policy, predicts that a reply
+     will still earn. A forward pass of the policy gives both for every token of the replies; a critic that is a model
+     of its own takes a second pass. A frozen copy of the first policy, the reference, gives its own log-probabilities
+     (`fill_logprobs_and_values`).
+  4. Advantages: the reward of a token is its score less β·KL, the price of leaving the reference. A return, which V
+     predicts, is the sum of the rewards from a token on. An advantage is how much better it went than predicted: by
+     default the return less V, then scaled (`compute_advantages`).
   5. Update: several epochs of minibatches on the policy loss, PPO's clipped surrogate, and the value loss
      (`ppo_update`).
   6. Metrics: what happened, as means over replies or over trained tokens (`rollout_metrics`).
@@ -37,7 +38,7 @@ Ours, not PPO's:
 - All random numbers of an update come from (seed, update), and the order of the prompts from (seed, pass), so that a
   resumed run needs no state of any generator.
 
-Left out on purpose: top-k and top-p. They change what is sampled, and π_old would no longer be its probability.
+Left out on purpose: top-k and top-p. With them a token is not sampled by the probability that the policy gives it.
 
 Shapes: B replies, P prompt tokens (padded on the left), T reply tokens (padded on the right), V vocabulary (elsewhere V
 is the value); b are the replies of a micro-batch. Everything of the RL part is aligned to the reply, [B, T].
@@ -130,8 +131,8 @@ def kl_estimate(
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
-    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: of the three only it gives, on
-    average, the gradient of the KL itself. KeyError for any other kind.
+    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: a reward is a constant, so the
+    gradient of the estimate itself is left out, and of k1 alone that is 0 on average. KeyError for any other kind.
     """
     d = logprobs - ref_logprobs
     return {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d}[kind]
@@ -165,7 +166,7 @@ def token_rewards(
     earner = torch.where(mask, torch.arange(T, device=mask.device), -1).cummax(1).values
     scores = torch.where(earner >= 0, scores, 0.0)
     rewards = torch.zeros_like(scores).scatter_add(1, earner.clamp(min=0), scores)
-    if kl_coef > 0:  # else the KL need not even be known
+    if kl_coef:  # else the KL need not even be known
         rewards -= torch.where(mask, kl_coef * kl, 0.0)
     return rewards
 
@@ -238,7 +239,7 @@ def value_loss(
 ):  # [], stats
     """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
 
-    All in the critic's unit (`Actor.unit`). The clip is not in the PPO paper; it comes from openai/baselines (ppo2).
+    All come in the critic's unit (`Actor.unit`). The clip is not in the PPO paper, but in openai/baselines (ppo2).
     stats: the share of tokens where it binds.
     """
     error = larger_error = torch.where(mask, new_values - returns, 0.0) ** 2
@@ -399,8 +400,8 @@ class Actor(nn.Module):
 
     lm: the model, which is trained in place, and whose output head is replaced by a `Head` with the same weights;
     adapters of peft may sit on its layers, not on the head.
-    dtype: of matrix products but the head's (autocast); with float32 they are of the weights' type. Weights that are
-    trained must be float32 or wider, or ValueError.
+    dtype: of matrix products but the head's (autocast); with float32 they are of the weights' type. Not float16, whose
+    gradients would need a scale. Weights that are trained must be float32 or wider, or ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
     """
 
@@ -412,7 +413,8 @@ class Actor(nn.Module):
     ):
         super().__init__()
         self.dtype = dtype
-        self.lm = lm.eval()  # no dropout, else the first ratio is not 1; nor transformers' gradient checkpointing
+        # No dropout, else the first ratio is not 1. In eval mode transformers' own gradient checkpointing does nothing.
+        self.lm = lm.eval()
         self.critic = None if critic is None else critic.base_model.eval()
         for name, weight in self.named_parameters():
             if weight.requires_grad and weight.dtype.itemsize < 4:
@@ -591,11 +593,12 @@ def compute_advantages(
     kl_coef: float,
     cfg: PPOConfig,
 ):
-    """Fit the critic's unit and bias to the returns, then fill in rewards, advantages and returns."""
+    """Fill in rewards and the sampled returns, fit the critic's unit and bias to these, fill in advantages and returns.
+    """
     mask = rollout.mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, cfg.kl_estimator)
     rollout.rewards = token_rewards(scores, kl, mask, kl_coef)
-    # With λ = 1, gae's default, and V = 0 an advantage is the sum of the rewards from its token on.
+    # With λ = 1, gae's default, and V = 0 an advantage is the discounted sum of the rewards from its token on.
     rollout.sampled_returns, _ = gae(rollout.rewards, torch.zeros_like(kl), mask, cfg.gamma)
     rounding = 16 * torch.finfo(kl.dtype).eps * rollout.sampled_returns.abs().max()  # smaller differences are noise
     spread = rollout.sampled_returns[mask].std(correction=0)  # NaN where there is no trained token
@@ -648,7 +651,7 @@ def ppo_update(
     steps, taken = [], 0
     for minibatch in minibatches:
         optimizer.zero_grad()
-        actor.zero_grad()  # also of weights that the optimizer lacks: they count in the norm, and must not add up
+        actor.zero_grad()  # also what the optimizer lacks: it counts in the norm, and must not add up over the steps
         tokens = max(1, int(rollout.mask[minibatch].sum()))
         sums = defaultdict(float)
         for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
@@ -665,7 +668,7 @@ def ppo_update(
         if not math.isfinite(sum(step.values())):
             raise FloatingPointError("loss or gradient of a step is NaN or infinite; lower the learning rate")
         steps.append(step)
-        if cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl:
+        if cfg.target_kl and step["policy/approxkl"] > cfg.target_kl:
             break
         optimizer.step()
         taken += 1
@@ -698,14 +701,15 @@ def ppo(
     loss: Callable = ppo_loss,
 ):
     """Train the actor in place until cfg.num_updates updates are done. Yields the metrics of each update and
-    four samples, each (prompt, token ids of the reply, score, KL in nats). A generator: it trains while it is iterated.
+    four samples: (prompt, token ids of the reply, score, KL in nats, NaN without a reference). A generator: it trains
+    while it is iterated.
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
     score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats in a
     tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
-    rollout, by default cfg.response_length; metrics are floats by name, to be logged. Where there are several
-    processes, all must get the same. stop_ids: the tokens that end a reply.
+    rollout, by default cfg.response_length; metrics are floats by name, to be logged. It must give
+    the same in all processes, where there are several. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     During an update it still counts those before it, 0 in the first: `score`, `sample` and `loss` may read it, for a
     coefficient that changes.
@@ -718,7 +722,7 @@ def ppo(
     FloatingPointError for a policy that diverges. Ranges of settings are checked in Part II.
     """
     check(cfg)
-    if ref is None and progress.kl_coef > 0:
+    if ref is None and progress.kl_coef:
         raise ValueError("ref is None: expected a reference, or a kl_coef of 0")
     for update in range(progress.update + 1, cfg.num_updates + 1):
         seed_everything(cfg.seed, update)
@@ -729,8 +733,8 @@ def ppo(
         # 1. Generate a reply to each prompt.
         drawn = draw_prompts(prompts, update, cfg)
         rollout = sample(actor, drawn, stop_ids, cfg)
-        if (rollout.mask > rollout.present.cumprod(1)).any():
-            raise ValueError("sample: expected `present` without holes, and `mask` to be True only where it is")
+        if (rollout.mask > rollout.present.cumprod(1)).any() or not rollout.query_mask[:, -1].all():
+            raise ValueError("sample: expected `queries` padded on the left, `present` without holes, `mask` within it")
         clock.append(time.perf_counter())
 
         # 2. Score the replies.
@@ -771,7 +775,7 @@ def ppo(
         for phase, start, end in zip(("generate", "reward", "evaluate", "update"), clock, clock[1:]):
             metrics[f"time/{phase}"] = end - start
         progress.update = update
-        if cfg.kl_target is not None and not critic_only:  # in the critic's warm-up KL is 0
+        if cfg.kl_target and not critic_only:  # in the critic's warm-up KL is 0
             progress.kl_coef = adaptive_kl_coef(
                 progress.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
             )
@@ -780,13 +784,12 @@ def ppo(
 
 def check(cfg: PPOConfig):
     """ValueError for settings that do not fit together."""
-    if cfg.kl_target is not None and cfg.kl_coef == 0:
+    if cfg.kl_target and not cfg.kl_coef:
         raise ValueError("kl_target: expected with it a kl_coef above 0")
     parts = world()[1] * math.lcm(cfg.num_mini_batches, cfg.samples_per_prompt)
     if cfg.batch_size % parts:
         raise ValueError(
-            f"batch_size {cfg.batch_size}: expected a multiple of {parts}, "
-            "for processes, num_mini_batches and samples_per_prompt"
+            f"batch_size {cfg.batch_size}: expected a multiple of {parts} (processes, minibatches, samples per prompt)"
         )
 
 
@@ -824,7 +827,7 @@ def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
     What is not known is left out: the KL if there is no reference, the explained variance (1: V is right, 0: no better
-    than a constant) if all returns are equal. That is of the sampled returns: with λ < 1 `returns` hold V themselves.
+    than a constant) if all returns are equal. This is of the sampled returns: with λ < 1 `returns` hold V themselves.
     """
     mask = rollout.mask
     returns = rollout.sampled_returns[mask].double()  # [N] trained tokens; in float32 equal numbers may have a variance
