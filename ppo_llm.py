@@ -1279,7 +1279,7 @@ def start_processes():
         # (pytorch/pytorch#190489), and destroying the group does not wait for it. So all threads get a second to end.
         atexit.register(time.sleep, 1)
         atexit.register(dist.destroy_process_group)
-        if dist.get_rank() > 0:
+        if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
 
 
@@ -1539,7 +1539,7 @@ def evaluate_held_out(task: Task):
 
 
 @contextlib.contextmanager
-def finish_on_signal(run):
+def finish_on_signal(go_on):
     """Yields a list. The first Ctrl-C, SIGTERM or SIGHUP is appended to it, to end after this update; a second ends at
     once. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
     asked, owner = [], os.getpid()
@@ -1549,7 +1549,7 @@ def finish_on_signal(run):
             signal.signal(number, old[number])
             signal.raise_signal(number)
         elif asked:
-            raise KeyboardInterrupt(f"stopped at once; to go on from its last checkpoint, if any: --resume {run}")
+            raise KeyboardInterrupt(f"stopped at once; from the last checkpoint, if any, {go_on}")
         else:
             asked.append(number)
             print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
@@ -1572,6 +1572,7 @@ def run_task(task: Task):
 
     cfg, run, progress = task.cfg, task.run, task.progress
     is_first = world()[0] == 0
+    go_on = f"to go on: python ppo_llm.py --resume {run} --num-updates {cfg.num_updates}"
     bar = tqdm(total=cfg.num_updates, initial=progress.update, disable=not is_first)
 
     def log(metrics, samples, held_out):
@@ -1599,9 +1600,9 @@ def run_task(task: Task):
                 bar.write("  " + textwrap.shorten(f"{row['prompt']} | {row['reply']}", 500))
 
     def is_due(every):
-        return progress.update == cfg.num_updates or every and progress.update % every == 0
+        return progress.update == cfg.num_updates or every and not progress.update % every
 
-    with finish_on_signal(run) as asked, bar, task.lock:
+    with finish_on_signal(go_on) as asked, bar, task.lock:
         if not progress.update:
             log(*evaluate_held_out(task), held_out=True)
         updates = ppo(task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress)
@@ -1617,14 +1618,12 @@ def run_task(task: Task):
                 if stop or is_due(cfg.save_every):
                     save(task)
                 if stop and progress.update < cfg.num_updates:
-                    raise KeyboardInterrupt(
-                        f"stopped after update {progress.update}, to go on: python ppo_llm.py --resume {run}"
-                    )
+                    raise KeyboardInterrupt(f"stopped after update {progress.update}, {go_on}")
         except Exception as e:
             # Of several processes the others may be gone.
             if progress.update and world()[1] == 1 and all(x.isfinite().all() for x in task.actor.parameters()):
                 save(task)
-                e.add_note(f"saved after update {progress.update} and any steps since, to go on: --resume {run}")
+                e.add_note(f"(saved after update {progress.update} and any steps since, {go_on})")
             raise
     print(f"Load the policy: AutoModelForCausalLM.from_pretrained('{run}/policy')")
     return run

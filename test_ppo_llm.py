@@ -2412,7 +2412,7 @@ def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monke
         assert P.main(command(f"--output-dir {tmp_path}/x")) == 1
     line = the_line(capsys)
     assert line.startswith(
-        f"ppo_llm.py: saved after update 1 and any steps since, to go on: --resume {tmp_path}/x: reward answers, "
+        f"ppo_llm.py: (saved after update 1 and any steps since, to go on: python ppo_llm.py --resume {tmp_path}/x "
     )
     assert message in line
     assert given == "an exit" or re.search("the prompt '. a' with the reply '", line)
@@ -2608,7 +2608,7 @@ def test_a_signal_ends_after_the_update_and_a_resume_goes_on(
     assert updates_of(run) == list(range(update + 1))
     shown = capsys.readouterr()
     assert "finishing the update in hand" in shown.err
-    assert f"stopped after update {update}, to go on: python ppo_llm.py --resume {run}" in shown.err
+    assert f"stopped after update {update}, to go on: python ppo_llm.py --resume {run} --num-updates 6" in shown.err
     for name in P.LOGS:
         with open(run / name, "a") as f:
             f.write('{"update": 9}\n{"upd')

@@ -1,6 +1,6 @@
 """A reward on every token: what a token earned is paid at it, and it is credited with nothing that came before.
 
-    python runs/reference/recipes/dense.py      # half a minute: one task, paid at the end of a reply and at each token
+    python runs/reference/recipes/dense.py      # about a minute: one task, paid at the end of a reply and at each token
 
 What changes: `score` returns [B, T] in place of [B], with the number of the t-th token of a reply in column t. It costs
 nothing. The same sum is maximised either way, if each number is settled by its token: not if it depends on later ones,

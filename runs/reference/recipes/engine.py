@@ -1,6 +1,6 @@
 """Another sampler: a serving engine writes the replies, here `transformers.generate` in place of vLLM or SGLang.
 
-    python runs/reference/recipes/engine.py      # half a minute: with the newest weights, and older ones
+    python runs/reference/recipes/engine.py      # about a minute: with the newest weights, and older ones
 
 What changes: `sample` asks the engine and keeps the log π by which it sampled; `loss` weights each token by how much
 likelier it is to the trainer, at most CAP times (truncated importance sampling). Needed where the engine's weights are

@@ -1,6 +1,6 @@
 """GRPO in place of the critic: the baseline of a reply is the mean score of its group, the replies to the same prompt.
 
-    python runs/reference/recipes/grpo.py      # half a minute: beside the default, at equal replies
+    python runs/reference/recipes/grpo.py      # about a minute: beside the default, at equal replies
 
 What changes: `score` takes the group's mean away (and, as an option, divides by its deviation, as DeepSeekMath does,
 arXiv 2402.03300); `loss` has the KL in it, by k3, and in place of the advantages the returns: with β 0, γ and λ 1 they

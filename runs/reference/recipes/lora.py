@@ -1,7 +1,7 @@
 """LoRA: adapters of peft are trained on a frozen base, and the same model with its adapters off is the reference.
 
     pip install peft
-    python runs/reference/recipes/lora.py FOLDER      # half a minute; the adapters and the merged policy go to FOLDER
+    python runs/reference/recipes/lora.py FOLDER      # about a minute; the adapters and the merged policy go to FOLDER
 
 What changes: the base may be bfloat16, as only what is trained must be float32; `ref` is a function, and no second
 model is in memory; the policy is saved by peft. SmolLM2-135M then trains in 1.1 GB in place of 3.5 (16 replies of 16

@@ -1,6 +1,6 @@
 """Several turns with a tool: the policy writes until a stop token, a function of yours answers, and so on.
 
-    python runs/reference/recipes/tools.py      # half a minute: a tiny model learns to call a calculator
+    python runs/reference/recipes/tools.py      # about a minute: a tiny model learns to call a calculator
 
 What changes: `sample`. What the tool wrote is `present`, so the model reads it, and not in `mask`: it has no gradient,
 KL or value. A turn is at most `response_length` tokens, and costs a forward of all before it. For one process. Watch
