@@ -701,15 +701,15 @@ def ppo(
     loss: Callable = ppo_loss,
 ):
     """Train the actor in place until cfg.num_updates updates are done. Yields the metrics of each update and
-    four samples: (prompt, token ids of the reply, score, KL in nats, NaN without a reference). A generator: it trains
+    four samples: (prompt, token ids of the reply, score, KL in nats or NaN without a reference). A generator: it trains
     while it is iterated.
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
     score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats in a
     tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
-    rollout, by default cfg.response_length; metrics are floats by name, to be logged. It must give
-    the same in all processes, where there are several. stop_ids: the tokens that end a reply.
+    rollout, by default cfg.response_length; metrics are floats by name, to be logged. It must give the
+    same in all processes, where there are several. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     During an update it still counts those before it, 0 in the first: `score`, `sample` and `loss` may read it, for a
     coefficient that changes.
