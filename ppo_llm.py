@@ -70,10 +70,7 @@ from torch import Tensor, nn
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def response_mask(
-    responses: Tensor,  # [B, T]
-    stop_ids: list[int],
-):  # [B, T] bool
+def response_mask(responses: Tensor, stop_ids: list[int]):  # [B, T] -> [B, T] bool
     """True on the reply: every token up to and including the first stop token, or all T if there is none.
 
     Never derived from `token != pad`: the pad token may equal EOS, and content may equal pad.
@@ -367,12 +364,7 @@ def all_sum(x):
     return x
 
 
-def micro_batches(
-    rollout: Rollout,
-    index: Tensor,  # [n]
-    size: int,
-    device,
-):
+def micro_batches(rollout: Rollout, index: Tensor, size: int, device):  # index [n]
     """Yields this process's share of the replies `index`, cut into micro-batches: (their indices, the micro-batch).
 
     Sorted by length, so that little is computed for padding.
@@ -405,12 +397,7 @@ class Actor(nn.Module):
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
     """
 
-    def __init__(
-        self,
-        lm: nn.Module,
-        dtype: torch.dtype = torch.float32,
-        critic: nn.Module | None = None,
-    ):
+    def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32, critic: nn.Module | None = None):
         super().__init__()
         self.dtype = dtype
         # No dropout, else the first ratio is not 1. In eval mode transformers' own gradient checkpointing does nothing.
@@ -463,12 +450,7 @@ class Actor(nn.Module):
         with self.autocast():
             return model(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
 
-    def forward(
-        self,
-        batch: Rollout,
-        temperature: float,
-        with_entropy: bool = True,
-    ):  # [b, T], [b, T], [b, T]
+    def forward(self, batch: Rollout, temperature: float, with_entropy: bool = True):  # [b, T], [b, T], [b, T]
         """(logprobs, entropy, values) of the reply tokens, [b, T] each, with gradient: see `Rollout`.
 
         Old and new ones both come from here, so the first ratio is 1 up to rounding. with_entropy=False gives an
@@ -503,12 +485,7 @@ def left_pad(sequences):  # -> [B, P], [B, P]
     return padded.where(mask, 0), mask
 
 
-def sample_replies(
-    actor: Actor,
-    prompts: list[Prompt],
-    stop_ids: list[int],
-    cfg: PPOConfig,
-) -> Rollout:
+def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg: PPOConfig) -> Rollout:
     """A rollout with a reply to each prompt, from the whole distribution (no top-k, no top-p). What is None in
     `Rollout` is filled in later.
 
@@ -564,12 +541,7 @@ def decode(
 
 
 @torch.no_grad()
-def fill_logprobs_and_values(
-    actor: Actor,
-    ref: Actor | None,
-    rollout: Rollout,
-    cfg: PPOConfig,
-):
+def fill_logprobs_and_values(actor: Actor, ref: Actor | None, rollout: Rollout, cfg: PPOConfig):
     """Fill in the outputs of policy, critic and reference for every trained token, by the forward that training uses.
 
     FloatingPointError if one of them is NaN or infinite.
@@ -668,7 +640,7 @@ def ppo_update(
         if not math.isfinite(sum(step.values())):
             raise FloatingPointError("loss or gradient of a step is NaN or infinite; lower the learning rate")
         steps.append(step)
-        if cfg.target_kl and step["policy/approxkl"] > cfg.target_kl:
+        if cfg.target_kl is not None and step["policy/approxkl"] > cfg.target_kl:
             break
         optimizer.step()
         taken += 1
@@ -775,7 +747,7 @@ def ppo(
         for phase, start, end in zip(("generate", "reward", "evaluate", "update"), clock, clock[1:]):
             metrics[f"time/{phase}"] = end - start
         progress.update = update
-        if cfg.kl_target and not critic_only:  # in the critic's warm-up KL is 0
+        if cfg.kl_target is not None and not critic_only:  # in the critic's warm-up KL is 0
             progress.kl_coef = adaptive_kl_coef(
                 progress.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
             )
@@ -1549,7 +1521,7 @@ def finish_on_signal(go_on):
             signal.signal(number, old[number])
             signal.raise_signal(number)
         elif asked:
-            raise KeyboardInterrupt(f"stopped at once; from the last checkpoint, if any, {go_on}")
+            raise KeyboardInterrupt(f"stopped at once; {go_on} (from the last checkpoint, if any)")
         else:
             asked.append(number)
             print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
