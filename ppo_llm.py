@@ -14,8 +14,8 @@ and knows nothing of files, flags or the terminal. Part II is the program around
 
 Start reading at `ppo`, near the end of Part I: it is the loop, and one update of it has six steps:
 
-  1. Generate: the policy writes a reply to each of B prompts (`sample_replies`). A `Rollout` holds the replies and all
-     that is computed for them.
+  1. Generate: the policy π, the model that is trained, writes a reply to each of B prompts (`sample_replies`). A
+     `Rollout` holds the replies and all that is computed for them.
   2. Score: a function of yours gives each reply a number, or one for each of its tokens.
   3. Log-probabilities and values: a value V is what the critic, a second head of the policy, predicts that a reply
      will still earn. A forward pass of the policy gives both for every token of the replies; a critic that is a model
@@ -26,15 +26,16 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
      default the return less V, then scaled (`compute_advantages`).
   5. Update: several epochs of minibatches on the policy loss, PPO's clipped surrogate, and the value loss
      (`ppo_update`).
-  6. Metrics: what happened, as means over replies or over trained tokens (`rollout_metrics`).
+  6. Metrics: what happened, as means over replies or over the tokens that were trained on (`rollout_metrics`).
 
 Ours, not PPO's:
 
-- The critic predicts in a unit of its own, the spread of the returns, and before each update its bias is moved so
-  that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no change whether
-  scores are of size 0.01 or 100, or all near 1000. (kl_coef does: it is a price in score units per nat.)
-- An update in which KL(old ‖ new), between the policy that wrote the replies and that of now, passes `target_kl` ends
-  early. OpenAI's Spinning Up has such a stop too.
+- The critic predicts in a unit of its own, the largest standard deviation of the returns so far, and in step 4 its bias
+  is moved so that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no
+  change whether scores are of size 0.01 or 100, or all near 1000. (kl_coef must follow them: it is in score units per
+  nat.)
+- Step 5 ends early when KL(old ‖ new), between the policy that wrote the replies and that of now, passes `target_kl`.
+  OpenAI's Spinning Up has such a stop too.
 - All random numbers of an update come from (seed, update), and the order of the prompts from (seed, pass), so that a
   resumed run needs no state of any generator.
 
@@ -62,7 +63,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The mathematics: pure functions of tensors, to be copied out with those of them that they call.
+# The mathematics: pure functions of tensors. To use one elsewhere, copy it and those that it calls.
 #
 # A mask is True on the tokens that the policy wrote. It may have holes: text inside a reply that an environment wrote,
 # such as the output of a tool. Cells outside the mask may hold anything, even NaN, and change nothing (but for scores:
@@ -129,7 +130,7 @@ def kl_estimate(
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
     negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: a reward is a constant, so the
-    gradient of the estimate itself is left out, and of k1 alone that is 0 on average. KeyError for any other kind.
+    gradient of the estimate itself is lost, and only with k1 is that 0 on average. KeyError for any other kind.
     """
     d = logprobs - ref_logprobs
     return {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d}[kind]
@@ -180,9 +181,10 @@ def gae(
         δ_t = r_t + γ·V_{t+1} - V_t          A_t = δ_t + γλ·A_{t+1}          return_t = A_t + V_t
 
     values[:, t] is V of the state before token t: of the prompt and the reply so far. After the last token V is 0, even
-    if the reply was cut off at its longest. With λ = 1 a return is the sum of the rewards from its token on, discounted
+    if the reply was cut off at length T. With λ = 1 a return is the sum of the rewards from its token on, discounted
     by γ. Below 1 the values of the next tokens take the place of a part of the later rewards: there is less noise, but
-    the critic's errors enter. Time runs over the tokens of the mask: a hole takes none. Elsewhere both results are 0.
+    the critic's errors enter. Time runs over the tokens of the mask: a hole takes no time. Elsewhere both
+    results are 0.
     """
     next_advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = torch.zeros_like(values)
@@ -211,8 +213,8 @@ def policy_loss(
     nothing is gained by moving ρ further than ε from 1. A token whose ρ has left [1-ε, 1+ε] in the direction that A
     asks for has no gradient any more; one that has left it in the other direction keeps its gradient.
 
-    cliprange_high: upper ε; None: the lower (clip-higher, DAPO, arXiv 2503.14476).
-    stats: means over the mask of ρ, of the clipped share, and of the k3 estimate of KL(old ‖ new).
+    cliprange_high: upper ε; None: the same as the lower (clip-higher, DAPO, arXiv 2503.14476).
+    stats: over the mask, the k3 estimate of KL(old ‖ new), the share of tokens where the clip binds, and the mean of ρ.
     """
     upper = cliprange if cliprange_high is None else cliprange_high
     log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)
@@ -237,7 +239,7 @@ def value_loss(
     """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
 
     All come in the critic's unit (`Actor.unit`). The clip is not in the PPO paper, but in openai/baselines (ppo2).
-    stats: the share of tokens where it binds.
+    stats: the share of tokens where the clip binds.
     """
     error = larger_error = torch.where(mask, new_values - returns, 0.0) ** 2
     if cliprange_value is not None:
@@ -321,7 +323,7 @@ class Rollout:
     present: Tensor  # [B, T] bool, False on that padding, True on all else, also on what a tool wrote
     mask: Tensor  # [B, T] bool, True on the tokens that are trained on: those present that the policy wrote
     sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, for metrics and for a loss of yours
-    logprobs: Tensor = None  # [B, T] log π_old of each token, frozen
+    logprobs: Tensor = None  # [B, T] log π_old of each token, by the forward pass of training, frozen
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
     values: Tensor = None  # [B, T] V_old of the state before each token; `compute_advantages` moves all by one number
     ref_logprobs: Tensor = None  # [B, T] log π_ref of each token, NaN if there is no reference
@@ -419,13 +421,14 @@ class Actor(nn.Module):
 
     @property
     def unit(self):  # []
-        """What the value head's outputs are multiplied with: the largest spread of returns so far, or 1 before that."""
+        """What the value head's outputs are multiplied by: the largest spread of returns so far, or 1 before that."""
         return self.spread.where(self.spread > 0, 1.0)
 
     @torch.no_grad()
     def fit_returns(self, spread: float, shift: float):
-        """If `spread`, the standard deviation of the sampled returns, is the first or the largest so far, make it the
-        critic's unit, without a change of any V. Then add `shift`, the mean of those returns less V, to every V.
+        """If `spread`, the standard deviation of the sampled returns or 0 where they are equal, is the first or the
+        largest so far, make it the critic's unit, without a change of any V. Then add `shift`, the mean of return - V,
+        to every V.
 
         After PopArt, arXiv 1809.04474. Errors of the critic then have mean 0 and a size of about 1, whatever the scores
         are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the
@@ -486,8 +489,7 @@ def left_pad(sequences):  # -> [B, P], [B, P]
 
 
 def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg: PPOConfig) -> Rollout:
-    """A rollout with a reply to each prompt, from the whole distribution (no top-k, no top-p). What is None in
-    `Rollout` is filled in later.
+    """A rollout with a reply to each prompt, sampled from the whole distribution; its fields with a default stay None.
 
     One random number per token is drawn for all replies beforehand: so, up to rounding, a reply depends neither on its
     neighbours nor on the device. Eight micro-batches are decoded together, as no activations are kept.
@@ -680,8 +682,8 @@ def ppo(
     optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
     score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats in a
     tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
-    rollout, by default cfg.response_length; metrics are floats by name, to be logged. It must give the
-    same in all processes, where there are several. stop_ids: the tokens that end a reply.
+    rollout, by default cfg.response_length; metrics are floats by name, to be logged. With several processes `score`
+    must give the same in all. stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     During an update it still counts those before it, 0 in the first: `score`, `sample` and `loss` may read it, for a
     coefficient that changes.
@@ -739,8 +741,8 @@ def ppo(
             "update": update,
             "lr": optimizer.param_groups[0]["lr"],
             "kl_coef": progress.kl_coef,
-            **rollout_metrics(rollout, reply_scores),
             **own_metrics,
+            **rollout_metrics(rollout, reply_scores),  # after yours, none of which may replace the KL
             **stats,
         }
         # "reward" is step 2, "evaluate" steps 3 and 4.
@@ -1141,20 +1143,19 @@ class Task:
         scores = torch.zeros(B, self.cfg.response_length)
         scores[range(B), [len(reply) - 1 for reply in replies]] = self.cfg.missing_eos_penalty * (ended - 1)
         said = {"reply/ended": ended}
-        heard = 0
+        heard = torch.zeros(B)
         for reward, weight in self.rewards:
             part = torch.zeros(scores.shape)
-            name = getattr(reward, "__name__", type(reward).__name__)
-            with foreign(f"reward {name}, f(prompts, completions, **columns) -> for each reply a number or a list"):
+            name = f"rewards/{getattr(reward, '__name__', type(reward).__name__)}"
+            with foreign(f"{name}, f(prompts, completions, **columns) -> for each reply a number or a list"):
                 for i, x in enumerate(ask(reward, columns), share.start):
                     part[i, : len(x)] = x
             scores += weight * all_sum(part).nan_to_num()
             part = part.sum(1)
-            heard += bool(weight) * part.isfinite().sum()
-            name = f"rewards/{name}"
+            heard += bool(weight) * part.isfinite()
             said[f"{name}_{len(said)}" if name in said else name] = part
-        if not heard or not scores.isfinite().all():
-            raise ValueError("expected a reward that is not None for some reply, and finite --reward-weights")
+        if not heard.all() or not scores.isfinite().all():
+            raise ValueError("expected for each reply a reward that is not None, and finite --reward-weights")
         return scores, said
 
     def score(self, prompts, replies):  # -> [B, T], metrics
@@ -1231,6 +1232,7 @@ def make_optimizer(cfg: Config, actor: Actor):
     own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
     rates = (actor.lm.parameters(), cfg.learning_rate), (own, cfg.critic_lr or cfg.learning_rate)
     groups = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in rates]  # `ppo` scales the initial ones
+    # eps as in openai/baselines. Gradients of its size halve a step, as those of 8 B weights, once clipped to norm 1.
     return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
 
 
@@ -1309,7 +1311,8 @@ def fingerprint(model, prompts):
     weights = [
         hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy()).digest() for x in model.state_dict().values()
     ]
-    parts = {"the model": weights, "the prompts": prompts}
+    # Not their tokens: a chat template may write the date.
+    parts = {"the model": weights, "the prompts": [prompt.row for prompt in prompts]}
     return {name: hashlib.sha256(repr(x).encode()).hexdigest() for name, x in parts.items()}
 
 
@@ -1379,19 +1382,20 @@ def rehearse(task: Task):
     rollout.present[0, 8:] = rollout.mask[0, 8:] = False
     with torch.no_grad():
         alone = actor(rollout.select(torch.tensor([0]), actor.lm.device), cfg.temperature)[0].cpu()
+    # The mean of a reply: in bfloat16 a single token may differ much, as where a router rounds to another expert.
     beside, tolerance = rollout.logprobs, 0.02 if actor.dtype == torch.float32 else 0.25
-    gap = max((alone - beside[0, :8]).abs().max(), (rollout.sampler_logprobs - beside).abs().max())
+    gap = max(F.l1_loss(alone, beside[:1, :8]), (rollout.sampler_logprobs - beside).abs().mean(1).max())
     if not gap <= tolerance * beside.std() + 1e-3:
-        raise ValueError(f"{type(actor.lm).__name__} cannot be trained here: a reply is another when padded or cached")
+        raise ValueError("this model cannot be trained here: a reply is another when padded or cached")
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
     once = dataclasses.replace(cfg, num_ppo_epochs=1, num_mini_batches=1, vf_coef=0.0)
     if ppo_update(actor, optimizer, rollout, once)["grad_norm"] == 0:
         raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
     weights = dcp.get_model_state_dict(actor, options=WHOLE)
     if world()[0] == 0:
-        with tempfile.TemporaryDirectory() as folder, about("the policy must load as it is, without adapters"):
-            own = save_policy(task, weights, folder)
-            again = load("ModelForCausalLM", folder).state_dict()
+        with tempfile.TemporaryDirectory() as path, about(f"{path}: the policy must load as it is, without adapters"):
+            own = save_policy(task, weights, path)
+            again = load("ModelForCausalLM", path).state_dict()
             if not all(name in again and x.equal(again[name]) for name, x in own.items()):
                 raise ValueError("it has other weights")
 
@@ -1492,8 +1496,6 @@ def evaluate_held_out(task: Task):
     one prompt are first averaged: they are not independent.
     """
     metrics = {"update": task.progress.update}
-    if not task.held_out:
-        return metrics, []
     seed_everything(task.cfg.seed)
     prompts = task.held_out * world()[1]  # as many for each process
     prompts *= max(1, task.cfg.batch_size // len(prompts))
@@ -1504,8 +1506,9 @@ def evaluate_held_out(task: Task):
     for name, x in said.items():
         x = x.view(-1, len(task.held_out)).nanmean(0)
         x = x[x.isfinite()]
-        if len(x) > 1:
+        if len(x):
             metrics[f"eval/{name}"] = float(x.mean())
+        if len(x) > 1:
             metrics[f"eval/{name}_se"] = float(x.std() / len(x) ** 0.5)
     return metrics, list(zip(prompts, rollout.replies(), said["score"].tolist(), said["kl"].tolist()))[:4]
 
@@ -1543,11 +1546,11 @@ def run_task(task: Task):
     from tqdm import tqdm
 
     cfg, run, progress = task.cfg, task.run, task.progress
-    is_first = world()[0] == 0
+    rank, _ = world()
     go_on = f"to go on: python ppo_llm.py --resume {run} --num-updates {cfg.num_updates}"
-    bar = tqdm(total=cfg.num_updates, initial=progress.update, disable=not is_first)
+    bar = tqdm(total=cfg.num_updates, initial=progress.update, disable=rank)
 
-    def log(metrics, samples, held_out):
+    def log(metrics, samples, held_out=False):
         rows = [
             prompt.row | {
                 "update": progress.update,
@@ -1560,9 +1563,9 @@ def run_task(task: Task):
         ]
         for name, lines in zip(LOGS, ([metrics], rows)):
             # What UTF-8 cannot write, half an emoji where data was cut, becomes its JSON escape.
-            with open(run / name if is_first else os.devnull, "a", encoding="utf-8", errors="backslashreplace") as f:
+            with open(os.devnull if rank else run / name, "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
-        if held_out and rows:
+        if held_out:
             means = ", ".join(
                 f"{name.split('/')[-1]} {metrics[name]:z.2f} ± {metrics[name + '_se']:.2f}"
                 for name in metrics if name + "_se" in metrics
@@ -1571,22 +1574,26 @@ def run_task(task: Task):
             for row in rows:
                 bar.write("  " + textwrap.shorten(f"{row['prompt']} | {row['reply']}", 500))
 
+    def evaluate():
+        if task.held_out:
+            log(*evaluate_held_out(task), held_out=True)
+
     def is_due(every):
         return progress.update == cfg.num_updates or every and not progress.update % every
 
     with finish_on_signal(go_on) as asked, bar, task.lock:
         if not progress.update:
-            log(*evaluate_held_out(task), held_out=True)
+            evaluate()
         updates = ppo(task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress)
         try:
             for metrics, samples in updates:
-                log(metrics, samples, held_out=False)
+                log(metrics, samples)
                 shown = "score {objective/scores:.2f}, KL {objective/kl:z.1f}, ended {reply/ended:.0%}"
                 bar.set_postfix_str(shown.format_map(metrics), False)
                 bar.update()
                 if is_due(cfg.eval_every):
-                    log(*evaluate_held_out(task), held_out=True)
-                stop = int(all_sum(torch.tensor(sum(asked))))  # here all processes learn whether one was asked to stop
+                    evaluate()
+                stop = all_sum(torch.tensor(sum(asked)))  # here all processes learn whether one was asked to stop
                 if stop or is_due(cfg.save_every):
                     save(task)
                 if stop and progress.update < cfg.num_updates:

@@ -1380,17 +1380,17 @@ def test_sample_and_loss_can_be_replaced():
         return rollout
 
     def each_token(prompts, replies):
-        return torch.arange(48.0).view(8, 6), {"own": 7.0}
+        return torch.arange(48.0).view(8, 6), {"own": 99.0, "objective/kl": 99.0}
 
     def loss(actor, batch, cfg):
         assert not batch.mask[:, 1:2].any()
         assert batch.rewards.dtype == REAL
-        value, _ = P.ppo_loss(actor, batch, cfg)
-        return 0 * value, {"loss/mine": torch.tensor(3.0)}
+        return 0 * P.ppo_loss(actor, batch, cfg)[0], {"loss/mine": torch.tensor(3.0)}
 
     _, (metrics, _) = trained(settings_of(num_updates=2), each_token, sample=sample, loss=loss)
     assert asked == 2 * [(8, [STOP])]
-    assert (metrics["loss/mine"], metrics["grad_norm"], metrics["own"]) == (pytest.approx(3), 0, 7)
+    assert (metrics["loss/mine"], metrics["grad_norm"]) == (pytest.approx(3), 0)
+    assert metrics["objective/kl"] < metrics["own"] == 99
 
 
 @pytest.mark.parametrize(
@@ -1558,9 +1558,8 @@ def test_prompts_are_drawn_pass_by_pass_and_each_gets_its_replies():
     assert passes[0] != passes[1]
     assert P.draw_prompts(range(7), 1, dataclasses.replace(cfg, seed=2)) != drawn[:8]
     for _, samples in updates(*learner(cfg), dataclasses.replace(cfg, num_updates=2), score):
-        assert [(prompt, reply) for prompt, reply, _, _ in samples] == batches[-1][:4]
-        assert [score for _, _, score, _ in samples] == [
-            reply.count(4) / len(reply) for _, reply in batches[-1][:4]
+        assert [sample[:3] for sample in samples] == [
+            (prompt, reply, reply.count(4) / len(reply)) for prompt, reply in batches[-1][:4]
         ]
     assert [prompt.ids[0] for batch in batches for prompt, _ in batch] == drawn[:16]
 
@@ -1990,7 +1989,7 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
 
     def reward(prompts, completions, completion_ids, raw_completions, answer, level, **columns):
         seen.extend(zip(prompts, completions, completion_ids, raw_completions, zip(answer, level)))
-        return answer
+        return [x or 0 for x in answer]
 
     user, begun = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab"}
     rows = [
@@ -2007,7 +2006,7 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     task = P.prepare(cfg, rows, reward, model_of(), tokenizer)
     texts = {tokenizer.decode(prompt.ids) for prompt in task.prompts}
     assert texts == {"y<user>hi<assistant>", " gay<assistant>ab<user>hi<assistant>", "<plain"}
-    metrics = metrics_of(P.run_task(task))[1]
+    (metrics,) = metrics_of(P.run_task(task))
     columns = {str(prompt): row for prompt, _, _, _, row in seen}
     assert columns == {str(row["prompt"]): (row["answer"], row.get("level")) for row in rows}
     for prompt, completion, ids, raw, _ in seen:
@@ -2015,7 +2014,6 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
         assert completion == (text if prompt == "plain" else [{"role": "assistant", "content": text}])
         assert raw == "".join(LETTERS[i] for i in ids)
     assert any(raw != completion for _, completion, _, raw, _ in seen if isinstance(completion, str))
-    assert metrics["rewards/reward"] == 2
     assert metrics["objective/scores"] == pytest.approx(4 / 3)
 
 
@@ -2023,7 +2021,6 @@ def test_a_chat_may_need_no_chat_template_and_a_prompt_must_not_be_over():
     """Tokenizers of mistral-common have another way. BERT's end each text with [SEP], behind which nothing follows."""
     tokenizer = letters()
     tokenizer.apply_chat_template = lambda messages, **options: [3, len(messages)]
-    assert tokenizer.chat_template is None
     row = {"prompt": [{"role": "user", "content": "a"}]}
     assert P.encode(tokenizer, [row], 30, 60) == [Prompt([3, 1], row)]
     end = processors.TemplateProcessing("$0 >", special_tokens=[(">", 29)])
@@ -2073,7 +2070,7 @@ def test_a_reply_ends_at_each_stop_token_and_nowhere_else(special, eos, tmp_path
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("y", "z"), decoders.Fuse()])
     task = P.prepare(cfg, ["ab", "c d"], reward, lm, tokenizer)
     replies.clear()
-    row = metrics_of(P.run_task(task))[1]
+    (row,) = metrics_of(P.run_task(task))
     stops = {24, 25, 26, *(eos if isinstance(eos, list) else [eos])}
     ended = [reply[-1] in stops for reply in replies]
     assert all(
@@ -2091,18 +2088,17 @@ def test_a_reply_ends_at_each_stop_token_and_nowhere_else(special, eos, tmp_path
 def test_held_out_prompts_are_not_trained_on(tmp_path, capsys):
     """One in ten of those that fit, at most 64, drawn by the seed; never one alone, which has no standard error. With
     the others they are all of them."""
-    names = map(str, itertools.count())
     for n, share in ((20, 0), (30, 2), (1000, 64)):
         texts = list(map("".join, itertools.product(LETTERS[1:], repeat=3)))[: n - 1] + [80 * "x"]
         tasks = [
             P.prepare(
-                quick(tmp_path, seed=seed, output_dir=f"{tmp_path}/{next(names)}"),
+                quick(tmp_path, seed=seed, output_dir=f"{tmp_path}/{n} {i}"),
                 texts,
                 worth,
                 model_of(),
                 letters(),
             )
-            for seed in (1, 1, 2)
+            for i, seed in enumerate((1, 1, 2))
         ]
         held_out, again, other = ([p.row["prompt"] for p in task.held_out] for task in tasks)
         assert len(held_out) == share
@@ -2131,7 +2127,7 @@ def test_the_evaluation_is_of_all_held_out_prompts(tmp_path):
     held_out = [{"prompt": "a", "level": x} for x in (1.0, 2.0, None, 6.0)]
     rewards = [lambda level, **columns: level, worth]
     rewards[0].__name__ = "worth"  # two of one name
-    cfg = quick(tmp_path, reward_weights=(1.0, 0.0))
+    cfg = quick(tmp_path, reward_weights=(1.0, 1e-99))
     task = P.prepare(
         cfg, [{"prompt": x, "level": 0.0} for x in ("ab", "b")], rewards, model_of(), letters(), held_out
     )
@@ -2152,6 +2148,9 @@ def test_the_evaluation_is_of_all_held_out_prompts(tmp_path):
     ]
     task.progress.update = 5
     assert P.evaluate_held_out(task) == (metrics | {"update": 5}, samples)
+    del task.held_out[1:]
+    metrics, _ = P.evaluate_held_out(task)
+    assert metrics["eval/score"] == 1 and "eval/score_se" not in metrics
 
 
 JUDGES = [("GPT2", None), ("Llama", 1), ("Llama", -1), ("Bert", 0), ("Roberta", 1)]
@@ -2277,8 +2276,8 @@ def test_a_reward_may_give_a_number_for_each_token(tmp_path):
     task.rewards = [(lambda **columns: dict(enumerate([0.0] * 4)), 1.0)]
     with pytest.raises(TypeError):
         task.judge(prompts, replies)
-    task.rewards = [(lambda **columns: [None] * 4, 1.0), (lambda **columns: [1.0] * 4, 0.0)]
-    with pytest.raises(ValueError, match="expected a reward that is not None"):
+    task.rewards = [(lambda **columns: [1.0, 1.0, 1.0, None], 1.0), (lambda **columns: [1.0] * 4, 0.0)]
+    with pytest.raises(ValueError, match="expected for each reply a reward"):
         task.judge(prompts, replies)
     for wrong in (math.nan, None, "x", [1.0]):
         task.rewards = [(lambda **columns: [0.0, 0.0, [0.0, wrong, 1.0], 0.0], 1.0)]
@@ -2297,7 +2296,7 @@ def test_a_number_at_the_last_token_is_a_number_for_the_reply(tmp_path):
         )
         for reward in (worth, at_the_end)
     ]
-    assert len({json.dumps(metrics_of(run)[1]["objective/rlhf_reward"]) for run in runs}) == 1
+    assert len({json.dumps(metrics_of(run)[0]["objective/rlhf_reward"]) for run in runs}) == 1
     assert torch.equal(*(weights_of(AutoModelForCausalLM.from_pretrained(run / "policy")) for run in runs))
 
 
@@ -2362,7 +2361,7 @@ def test_rewards_may_be_asynchronous_and_objects(tmp_path):
         return worth(prompts, completions)
 
     run = P.train(quick(tmp_path), ["a", "bc"], [worth, later, Judge()], model_of(), letters())
-    row = metrics_of(run)[1]
+    (row,) = metrics_of(run)
     assert row["rewards/worth"] == row["rewards/later"] == row["rewards/Judge"] != 0
     assert len(loops) == 1
 
@@ -2378,7 +2377,7 @@ def test_a_reward_may_end_the_processes_that_it_starts(tmp_path, capfd):
         child.join(20)
         return [float(child.exitcode)] * len(prompts)
 
-    row = metrics_of(P.train(quick(tmp_path), ["a", "bc"], reward, model_of(), letters()))[1]
+    row = metrics_of(P.train(quick(tmp_path), ["a", "bc"], reward, model_of(), letters()))[0]
     assert row["rewards/reward"] == -signal.SIGTERM
     assert "finishing the update" not in capfd.readouterr().err
 
@@ -2438,7 +2437,7 @@ def test_every_kind_of_model_is_itself_and_trains(kind, tmp_path):
     for prompt, reply, said in replies_of(task):
         own = alone(bare, prompt, reply, 0.7)
         assert max(error(said[name], own) for name in ("sampler_logprobs", "logprobs", "ref_logprobs")) < 1e-4
-    row = metrics_of(P.run_task(task))[1]
+    (row,) = metrics_of(P.run_task(task))
     assert row["policy/ratio"] == pytest.approx(1, abs=0.3)
     assert row["policy/sampler_gap"] < 1e-5
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "x" / "policy")
@@ -2470,8 +2469,14 @@ def test_rotary_factors_that_change_with_the_length_are_refused_where_they_would
             P.prepare(cfg, ["a", "bcdef"], worth, lm, letters())
 
 
+def test_a_router_that_rounds_to_another_expert_is_trained(tmp_path):
+    """In bfloat16 the cache may decide of single tokens."""
+    cfg = quick(tmp_path, response_length=48, dtype="bfloat16")
+    P.prepare(cfg, ["a"], worth, model_of("Qwen3Moe", num_hidden_layers=16), letters())
+
+
 def test_a_policy_that_cannot_move_or_be_loaded_again_is_refused(tmp_path):
-    """Frozen; with adapters, which are saved without their base."""
+    """Frozen; not finite; with adapters, which are saved without their base."""
 
     def refusal(lm):
         with pytest.raises(Exception) as refused:
@@ -2479,7 +2484,10 @@ def test_a_policy_that_cannot_move_or_be_loaded_again_is_refused(tmp_path):
         assert not (tmp_path / "x").exists()
         return f"{refused.value} {refused.value.__notes__}"
 
-    assert "no weight of the policy would move" in refusal(model_of().requires_grad_(False))
+    lm = model_of().requires_grad_(False)
+    assert "no weight of the policy would move" in refusal(lm)
+    lm.get_output_embeddings().weight[3] = math.nan
+    assert re.search(r"are NaN or infinite.* \['in the rehearsal of GPT2LMHeadModel'\]", refusal(lm))
     peft = pytest.importorskip("peft")
     adapted = model_of("Llama")
     adapted.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
@@ -2500,14 +2508,6 @@ def test_a_compiled_policy_is_trained_and_saved_under_its_own_names(tmp_path):
         letters(),
     )
     assert len(task.optimizer.state) == 30
-
-
-def test_weights_that_are_nan_are_told_as_such(tmp_path):
-    lm = model_of()
-    lm.get_output_embeddings().weight.data[3] = math.nan
-    with pytest.raises(FloatingPointError, match="are NaN or infinite") as refusal:
-        P.prepare(quick(tmp_path), ["a"], worth, lm, letters())
-    assert refusal.value.__notes__ == ["in the rehearsal of GPT2LMHeadModel"]
 
 
 def test_models_as_the_hub_has_them_train(tmp_path):
@@ -2608,7 +2608,7 @@ def test_a_signal_ends_after_the_update_and_a_resume_goes_on(
     assert updates_of(run) == list(range(update + 1))
     shown = capsys.readouterr()
     assert "finishing the update in hand" in shown.err
-    assert f"stopped after update {update}, to go on: python ppo_llm.py --resume {run} --num-updates 6" in shown.err
+    assert f"update {update}, to go on: python ppo_llm.py --resume {run} --num-updates 6" in shown.err
     for name in P.LOGS:
         with open(run / name, "a") as f:
             f.write('{"update": 9}\n{"upd')
@@ -2697,14 +2697,14 @@ def test_a_list_that_is_given_takes_the_place_of_the_one_known(finished):
 
 
 def test_what_a_run_began_with_is_known_by_its_bytes():
-    """Weights in another order, of any type; columns."""
+    """Weights in another order, of any type; columns. Not by the tokens, as a chat template may write the date."""
     begun, lm = [], torch.nn.Linear(2, 1)
     types = (torch.complex64, torch.float8_e4m3fn, torch.bool, torch.bfloat16)
     for i, dtype in enumerate(types):
         lm.register_buffer(f"x{i}", torch.zeros(3).to(dtype))
 
     def look(answer=1):
-        prompts = [Prompt([1, 2], {"prompt": "a", "answer": answer})]
+        prompts = [Prompt([len(begun)], {"prompt": "a", "answer": answer})]
         begun.append(P.fingerprint(lm, prompts))
 
     look()
@@ -2972,7 +2972,7 @@ def test_two_processes_do_what_one_does(command, finished, half, monkeypatch):
     arguments = command(f"--output-dir {half}/x --save-every 4")
     status, err = torchrun(2, in_two_processes, " ".join(arguments), half)
     assert status == 1
-    assert len(re.findall("ppo_llm.py: reward answers, .*: ZeroDivisionError: division by zero", err)) == 1
+    assert len(re.findall("ppo_llm.py: rewards/answers, .*: ZeroDivisionError: division by zero", err)) == 1
     assert updates_of(half / "failed") == [0, 1]
     for name in ("x", "alone"):
         assert_alike(half / name, finished)
@@ -3266,12 +3266,11 @@ def test_scores_of_a_group_are_centered(divide):
 
 def edited(name, *changes):
     """The function NAME of the module, or CLASS.NAME, with parts of its source replaced: old, new, old, new."""
-    text = SOURCE
-    node = ast.parse(text)
+    node = ast.parse(SOURCE)
     for part in name.split("."):
         (node,) = (x for x in node.body if getattr(x, "name", None) == part)
     start = min(x.lineno for x in [node, *node.decorator_list])
-    source = textwrap.dedent("\n".join(text.splitlines()[start - 1 : node.end_lineno]))
+    source = textwrap.dedent("\n".join(SOURCE.splitlines()[start - 1 : node.end_lineno]))
     for old, new in zip(changes[::2], changes[1::2]):
         assert source.count(old) == 1, f"{name} has changed: {old!r}"
         source = source.replace(old, new)
