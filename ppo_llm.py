@@ -1012,7 +1012,8 @@ def load_reward_model(name, device: torch.device, cfg: Config):
     text at a time: how padding must be masked differs between classifiers. It is not shown whether a reply has ended,
     as its EOS may be another: --missing-eos-penalty is for that.
     """
-    model = load("ModelForSequenceClassification", name).to(device)
+    # Float32: in bfloat16 scores near 20 are 0.125 apart.
+    model = load("ModelForSequenceClassification", name).to(device).float()
     tokenizer = load("Tokenizer", name)
     tokenizer.truncation_side = "left"
     labels = {label: i for i, label in model.config.id2label.items()}  # not in the order of i in every config.json

@@ -48,7 +48,7 @@ import ppo_llm as P
 from ppo_llm import Config, PPOConfig, Progress, Prompt, Rollout
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE / "runs" / "reference" / "recipes"))
+sys.path.append(f"{HERE}/runs/reference/recipes")
 from q_critic import QActor
 from tools import converse
 
@@ -1755,7 +1755,7 @@ def the_line(capsys):
 
 def quick(folder, **changes):
     """Settings of a run that takes a moment."""
-    usual = dict(num_updates=1, batch_size=8, response_length=4, output_dir=str(folder / "x"), device="cpu")
+    usual = dict(num_updates=1, batch_size=8, response_length=4, output_dir=f"{folder}/x", device="cpu")
     return Config(**usual | changes)
 
 
@@ -2168,23 +2168,18 @@ def judged_alone(model, text):
 @pytest.mark.parametrize("labels", [1, 3])
 def test_a_reward_model_scores_each_text_as_if_alone(kind, pad, labels, tmp_path):
     """Batches of texts of mixed length; decoders with pad equal to a letter of the texts, or without a pad token, an
-    encoder. The label picks one logit of several. A chat is read by the judge's own template."""
+    encoder. Its weights are bfloat16, scores are not. The label picks one logit of several. A chat is read by the
+    judge's own template."""
     names = {i: f"LABEL_{i}" for i in reversed(range(labels))}
-    judge = model_of(kind, head="ForSequenceClassification", pad_token_id=pad, id2label=names).eval()
+    judge = model_of(kind, head="ForSequenceClassification", pad_token_id=pad, id2label=names).bfloat16()
     special = dict(pad_token=LETTERS[pad]) if pad in (0, 1) else {}
-    put(
-        tmp_path / "judge",
-        judge,
-        chat_template=CHAT,
-        model_max_length=64 - 2 * (kind == "Roberta"),
-        **special,
-    )
-    path = tmp_path / "judge" / "config.json"  # where the labels need not stand in their order
+    folder = tmp_path / "judge"
+    put(folder, judge, chat_template=CHAT, model_max_length=64 - 2 * (kind == "Roberta"), **special)
+    path = folder / "config.json"  # where the labels need not stand in their order
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": names}))
-    label = None if labels == 1 else f"LABEL_{labels - 1}"
-    reward = P.load_reward_model(
-        str(tmp_path / "judge"), CPU, quick(tmp_path, reward_model=("x",), reward_label=label)
-    )
+    judge = type(judge).from_pretrained(folder, dtype=torch.float32)
+    cfg = quick(tmp_path, reward_model=("x",), reward_label=names[labels - 1] if labels > 1 else None)
+    reward = P.load_reward_model(str(folder), CPU, cfg)
     prompts = ["ab", "c", "what is ", "a", "cab", 40 * "x"]
     completions = ["a", "aaa", "zb", "", "bca", 60 * "y"]
     scores = reward(prompts, completions)
@@ -2192,8 +2187,8 @@ def test_a_reward_model_scores_each_text_as_if_alone(kind, pad, labels, tmp_path
     assert error(scores, own) < 1e-5
     assert len(set(scores)) == 6
     assert reward.__name__ == "judge"
-    ask, reply = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
-    assert error(reward([[ask]], [[reply]]), [judged_alone(judge, "<user>hi<assistant>yes")]) < 1e-5
+    chat = reward([[{"role": "user", "content": "hi"}]], [[{"role": "assistant", "content": "yes"}]])
+    assert error(chat, [judged_alone(judge, "<user>hi<assistant>yes")]) < 1e-5
 
 
 def test_rewards_in_files_of_one_name_are_each_their_own(files, tmp_path):
@@ -2440,7 +2435,7 @@ def test_every_kind_of_model_is_itself_and_trains(kind, tmp_path):
     (row,) = metrics_of(P.run_task(task))
     assert row["policy/ratio"] == pytest.approx(1, abs=0.3)
     assert row["policy/sampler_gap"] < 1e-5
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "x" / "policy")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "x/policy")
     assert torch.equal(weights_of(saved), weights_of(lm))
     assert {p.dtype for p in saved.parameters()} == {torch.float32}
     assert 1e-5 < error(weights_of(lm), weights_of(bare)) < 1e-2
@@ -2515,7 +2510,7 @@ def test_models_as_the_hub_has_them_train(tmp_path):
     lm = model_of(tie_word_embeddings=False)
     lm.get_output_embeddings().weight.data.zero_()
     put(tmp_path / "lm", lm)
-    path = tmp_path / "lm" / "generation_config.json"
+    path = tmp_path / "lm/generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6}))
     cfg = quick(tmp_path, model=f"{tmp_path}/lm", learning_rate=1e-2)
     saved = AutoModelForCausalLM.from_pretrained(P.train(cfg, ["a"], worth) / "policy")
