@@ -28,7 +28,7 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
      (`ppo_update`).
   6. Metrics: what happened, as means over replies or over the tokens that were trained on (`rollout_metrics`).
 
-Ours, not PPO's:
+Not in the PPO paper:
 
 - The critic predicts in a unit of its own, the largest standard deviation of the returns so far, and in step 4 its bias
   is moved so that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no
@@ -253,7 +253,7 @@ def value_loss(
 # The settings of the algorithm
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Each is a type, its allowed values in words, and the test for them. Only Part II runs the tests.
+# Types of settings, each with its allowed values in words and a test for them. Only Part II runs the tests.
 Count = Annotated[int, "1 or more", lambda x: x >= 1]
 Whole = Annotated[int, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
@@ -281,7 +281,7 @@ class PPOConfig:
     # Advantages.
     gamma: Share = 1.0  # γ, discount per token
     lam: Share = 1.0  # λ of GAE: 0 trusts the critic, 1 the rewards that came
-    whiten_advantages: bool = True  # scale advantages to mean 0, variance 1 over the batch; else to the critic's unit
+    whiten_advantages: bool = True  # advantages with mean 0, variance 1 over the batch; else in the critic's unit
 
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
@@ -454,7 +454,7 @@ class Actor(nn.Module):
             return model(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
 
     def forward(self, batch: Rollout, temperature: float, with_entropy: bool = True):  # [b, T], [b, T], [b, T]
-        """(logprobs, entropy, values) of the reply tokens, [b, T] each, with gradient: see `Rollout`.
+        """(logprobs, entropy, values) of the reply tokens, with gradient: see `Rollout`.
 
         Old and new ones both come from here, so the first ratio is 1 up to rounding. with_entropy=False gives an
         entropy of 0: where the vocabulary is large and the model small, it would cost as much as all the rest.
@@ -500,13 +500,13 @@ def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg
     uniform = torch.rand(responses.shape, dtype=torch.float64)
     rank, count = world()
     for rows in torch.arange(len(prompts))[rank::count].split(8 * cfg.micro_batch_size):
-        tokens, said = decode(actor, queries[rows], query_mask[rows], uniform[rows], stop_ids, cfg.temperature)
+        tokens, logps = decode(actor, queries[rows], query_mask[rows], uniform[rows], stop_ids, cfg.temperature)
         T = tokens.shape[1]
-        responses[rows, :T], logprobs[rows, :T] = tokens.cpu(), said.cpu()
+        responses[rows, :T], logprobs[rows, :T] = tokens.cpu(), logps.cpu()
     all_sum(responses)
     all_sum(logprobs)
     present = response_mask(responses, stop_ids)
-    return Rollout(queries, query_mask, responses, present, present.clone(), logprobs)
+    return Rollout(queries, query_mask, responses, present, present.clone(), logprobs)  # mask: all that is present
 
 
 @torch.no_grad()  # not inference_mode, in which autocast rounds the weights again for every token
@@ -518,7 +518,7 @@ def decode(
     stop_ids: list[int],
     temperature: float,
 ):  # [b, T or fewer], [b, T or fewer]
-    """Tokens and their log π, one by one with the KV cache, until every reply has stopped. After a stop comes noise.
+    """Tokens and their log π, one by one with the KV cache, until every reply has stopped. Behind a stop is noise.
 
     A token is the first whose cumulative probability exceeds its random number.
     """
@@ -631,7 +631,7 @@ def ppo_update(
         for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
             share = int(rollout.mask[rows].sum()) / tokens
             mean, stats = loss(actor, batch, cfg)
-            (share * mean).backward()  # gradients add up, by FSDP2 over processes, to that of the mean of the step
+            (share * mean).backward()  # summed over micro-batches and processes: the gradient of the mean of the step
             for name, x in stats.items():
                 sums[name] += share * x.detach()
         step = dict(zip(sums, all_sum(torch.stack([*sums.values()])).tolist()))
@@ -680,10 +680,11 @@ def ppo(
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
-    score(prompts, replies) -> (scores, metrics): a `Prompt` and the token ids of each reply; scores are floats in a
-    tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
+    score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are floats
+    in a tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
     rollout, by default cfg.response_length; metrics are floats by name, to be logged. With several processes `score`
-    must give the same in all. stop_ids: the tokens that end a reply.
+    must give the same in all.
+    stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     During an update it still counts those before it, 0 in the first: `score`, `sample` and `loss` may read it, for a
     coefficient that changes.
@@ -692,7 +693,7 @@ def ppo(
     loss(actor, batch, cfg) -> (loss, stats): what takes the place of `ppo_loss`. It is called for each micro-batch and
     gives a mean over `batch.mask`; stats are such means too, as tensors of no dimension, among them "policy/approxkl".
 
-    Raises ValueError for settings that do not fit together, and for a reference, scores or masks that do not fit them;
+    Raises ValueError for settings that do not fit together, and for a missing reference, wrong scores or wrong masks;
     FloatingPointError for a policy that diverges. Ranges of settings are checked in Part II.
     """
     check(cfg)
@@ -784,11 +785,11 @@ def schedule(update, cfg: PPOConfig):
 def draw_prompts(prompts, update, cfg: PPOConfig):
     """The prompts of an update, each samples_per_prompt times, from a stream: pass after pass, each in a new order."""
     count = cfg.batch_size // cfg.samples_per_prompt
-    epoch, first = divmod((update - 1) * count, len(prompts))
+    nth_pass, first = divmod((update - 1) * count, len(prompts))
     stream = []
     while len(stream) < first + count:
-        stream += random.Random(f"{cfg.seed} {epoch}").sample(prompts, len(prompts))
-        epoch += 1
+        stream += random.Random(f"{cfg.seed} {nth_pass}").sample(prompts, len(prompts))
+        nth_pass += 1
     return [prompt for prompt in stream[first : first + count] for _ in range(cfg.samples_per_prompt)]
 
 
