@@ -213,32 +213,35 @@ def sentences():
         f"seed, {before['2-59']}% and {after['2-59']}% (± {max(errors):.0f} at most, over sums)"
     )
     count = len(runs("critic", "early-128", "critic"))
-    ends = {
-        task: [pm(run["J"] for run in runs("critic", task, change))
-               for change in ("critic", "no critic", "group mean")]
+    early, end = (
+        [results.mean_and_error([fmean(run["path"]) for run in runs("critic", task, change)])
+         for change in ("critic", "no critic", "group mean")]
         for task in ("early-128", "end-128")
-    }
-    yield (
-        "- Replies of 128 tokens: where one early token is scored, J, score − β·KL, ends at {} with a critic, {} "
-        "without and {} with a group's mean; ".format(*ends["early-128"])
-        + "where all are, but the sum is paid at the end, at {}, {} and {} ({} seeds, ".format(*ends["end-128"], count)
-        + "each at its best rate at 64 tokens)."
     )
-    both = [
-        fmean(results.replies_to_goal(run, results.GOALS[task])
-              for run in runs("critic", f"{task}-128", "critic"))
-        for task in ("every", "end")
+    yield (
+        "- Replies of 128 tokens, J = score − β·KL over a run: where one early token is scored, {:.2f} ± {:.2f} with a "
+        "critic, {:.2f} ± {:.2f} without, {:.2f} ± {:.2f} with a group's mean; ".format(*itertools.chain(*early))
+        + "where all are, but the sum is paid at the end, {:.2f}, {:.2f} and {:.2f}, ".format(*(x for x, _ in end))
+        + f"± {max(error for _, error in end):.2f} ({count} seeds; rates chosen at 64 tokens)."
+    )
+    to_goal = [
+        fmean(results.replies_to_goal(run, results.GOALS[task]) for run in runs("critic", f"{task}-128", change))
+        for change in ("critic", "no critic") for task in ("every", "end")
     ]
     yield (
-        "Each token paid at once takes {:.0f} replies to a goal in place of {:.0f}, with a critic.".format(*both)
+        "Each token paid at once: {:,.0f} replies to a goal, not {:,.0f}, with a critic; {:,.0f} or more, not {:,.0f}, "
+        "without.".format(*to_goal)
     )
     found = results.read(results.largest(HERE / "study" / "details.csv"))
-    counts = [len(results.worth(found, task, "1 epoch")["mean"]) for task in ("demo", "sums", "ends")]
+    tasks = ("demo", "sums", "ends")
+    ends = [results.worth(found, task, "1 epoch")["J"] for task in tasks]
+    errors = [results.mean_and_error(xs) for xs in ends]
+    assert all(results.chance(mean / error, len(xs) - 1) > 0.05 for xs, (mean, error) in zip(ends, errors))
     yield (
-        f"- One epoch in place of four loses {losses('1 epoch')} of a run on three small tasks ({min(counts)} to "
-        f"{max(counts)} seeds)."
+        f"- One epoch, not four, gains {losses('1 epoch')} less score over a run on three small tasks "
+        f"({min(map(len, ends))} to {max(map(len, ends))} seeds); J at its end cannot be told apart."
     )
-    yield f"- λ = 0.95 in place of 1 loses {losses('lam=0.95')}: replies there have 48 tokens at most."
+    yield f"- λ = 0.95, not 1, gains {losses('lam=0.95')} less: replies there have 48 tokens at most."
 
 
 # ----------------------------------------------------------------------------------------------------------- the audit
