@@ -1569,8 +1569,8 @@ def run_task(task: Task):
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         if held_out:
             means = ", ".join(
-                f"{name.split('/')[-1]} {metrics[name]:z.2f} ± {metrics[name + '_se']:.2f}"
-                for name in metrics if name + "_se" in metrics
+                f"{name.split('/')[-1]} {metrics[name]:z.2f} ± {metrics.get(name + '_se', math.nan):.2f}"
+                for name in metrics if "eval/" in name and not name.endswith("_se")
             )
             bar.write(f"\nHeld-out, update {progress.update}: {means}")
             for row in rows:

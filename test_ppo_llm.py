@@ -2323,23 +2323,24 @@ def test_a_span_of_the_text_is_paid_at_the_token_that_completes_it(text, data):
             P.token_scores(tokenizer, wrong, ids, {end: 1.0})
 
 
-def test_a_reward_gets_all_replies_to_a_prompt_together(tmp_path, monkeypatch):
-    """In the rehearsal and in training. A column that the held-out prompts lack is None there. No update, that of the
-    rehearsal neither, is of tokens beyond a reply."""
+def test_a_reward_gets_all_replies_to_a_prompt_together(tmp_path, monkeypatch, capsys):
+    """In the rehearsal and in training. A column that the held-out prompts lack is None there; a mean over one of them has
+    no standard error. No update, that of the rehearsal neither, is of tokens beyond a reply."""
     levels = []
     beyond = watched(monkeypatch, P, "ppo_update", lambda _, __, x, *more: (x.mask > x.present).any())
 
     def reward(prompts, level, **columns):
         levels.extend(level)
         groups = [prompts[i : i + 4] for i in range(0, len(prompts), 4)]
-        assert None in level or all(len(group) == 4 and len({*group}) == 1 for group in groups)
+        assert None in level or all(group == 4 * group[:1] for group in groups)
         return [0.0] * len(prompts)
 
-    rows = [{"prompt": x, "level": 1.0} for x in ("a", "bb", "ccc")]
+    rows = [{"prompt": x, "level": 1.0} for x in "abc"]
     cfg = quick(tmp_path, samples_per_prompt=4, response_length=9)
     P.train(cfg, rows, reward, model_of(), letters(), [{"prompt": "ab"}])
     assert {*levels} == {1.0, None}
     assert len(beyond) > 1 and not any(beyond)
+    assert "score 0.00 ± nan" in capsys.readouterr().out
 
 
 class Judge:
