@@ -2324,8 +2324,8 @@ def test_a_span_of_the_text_is_paid_at_the_token_that_completes_it(text, data):
 
 
 def test_a_reward_gets_all_replies_to_a_prompt_together(tmp_path, monkeypatch, capsys):
-    """In the rehearsal and in training. A column that the held-out prompts lack is None there; a mean over one of them has
-    no standard error. No update, that of the rehearsal neither, is of tokens beyond a reply."""
+    """In the rehearsal and in training. A column that the held-out prompts lack is None there; the mean over one of
+    them has no standard error. No update, that of the rehearsal neither, is of tokens beyond a reply."""
     levels = []
     beyond = watched(monkeypatch, P, "ppo_update", lambda _, __, x, *more: (x.mask > x.present).any())
 
