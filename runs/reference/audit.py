@@ -209,8 +209,8 @@ def sentences():
         errors += [100 * row["eval/score_se"] for rows in held_out for row in rows]
     yield (
         f"- SmolLM2-135M learns sums of pairs from 1 to 20: of 120 held out {before['1-20']}% are right "
-        f"before and {after['1-20']}% after {held_out[0][-1]['update'] * 128:,} replies, of pairs from 2 to 59, one "
-        f"seed, {before['2-59']}% and {after['2-59']}% (± {max(errors):.0f} at most, over sums)"
+        f"before and {after['1-20']}% after {held_out[0][-1]['update'] * 128:,} replies, of pairs from 2 to 59 "
+        f"{before['2-59']}% and {after['2-59']}% (3 seeds, ± {max(errors):.0f} at most, over sums)"
     )
     count = len(runs("critic", "early-128", "critic"))
     early, end = (
