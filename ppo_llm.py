@@ -32,8 +32,7 @@ Not in the PPO paper:
 
 - The critic predicts in a unit of its own, the largest standard deviation of the returns so far, and in step 4 its bias
   is moved so that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no
-  change whether scores are of size 0.01 or 100, or all near 1000. (kl_coef must follow them: it is in score units per
-  nat.)
+  change whether scores are of size 0.01 or 100, or all near 1000. (kl_coef must follow: its unit is score per nat.)
 - Step 5 ends early when KL(old ‖ new), between the policy that wrote the replies and that of now, passes `target_kl`.
   OpenAI's Spinning Up has such a stop too.
 - All random numbers of an update come from (seed, update), and the order of the prompts from (seed, pass), so that a
@@ -183,8 +182,7 @@ def gae(
     values[:, t] is V of the state before token t: of the prompt and the reply so far. After the last token V is 0, even
     if the reply was cut off at length T. With λ = 1 a return is the sum of the rewards from its token on, discounted
     by γ. Below 1 the values of the next tokens take the place of a part of the later rewards: there is less noise, but
-    the critic's errors enter. Time runs over the tokens of the mask: a hole takes no time. Elsewhere both
-    results are 0.
+    the critic's errors enter. Time runs over the tokens of the mask, not in a hole. Elsewhere both results are 0.
     """
     next_advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = torch.zeros_like(values)
@@ -518,7 +516,7 @@ def decode(
     stop_ids: list[int],
     temperature: float,
 ):  # [b, T or fewer], [b, T or fewer]
-    """Tokens and their log π, one by one with the KV cache, until every reply has stopped. Behind a stop is noise.
+    """Tokens and their log π, one by one with the KV cache, until all have stopped. What follows a stop is noise.
 
     A token is the first whose cumulative probability exceeds its random number.
     """
@@ -680,8 +678,8 @@ def ppo(
 
     ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
     optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
-    score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are floats
-    in a tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
+    score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are floats in a
+    tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
     rollout, by default cfg.response_length; metrics are floats by name, to be logged. With several processes `score`
     must give the same in all.
     stop_ids: the tokens that end a reply.
@@ -1494,8 +1492,8 @@ def prepare(
 def evaluate_held_out(task: Task):
     """Replies to all held-out prompts, to few of them several, from the same seed each time: metrics and a few samples.
 
-    Each metric is a mean over prompts and, under its name with _se, the standard error of that mean. Several replies to
-    one prompt are first averaged: they are not independent.
+    Each metric is a mean over prompts and, under its name with _se, its standard error where there are several. Replies
+    to one prompt are first averaged: they are not independent.
     """
     metrics = {"update": task.progress.update}
     seed_everything(task.cfg.seed)

@@ -2127,6 +2127,7 @@ def test_the_evaluation_is_of_all_held_out_prompts(tmp_path):
     held_out = [{"prompt": "a", "level": x} for x in (1.0, 2.0, None, 6.0)]
     rewards = [lambda level, **columns: level, worth]
     rewards[0].__name__ = "worth"  # two of one name
+    # One reward with a weight must speak of each reply; this weight adds nothing.
     cfg = quick(tmp_path, reward_weights=(1.0, 1e-99))
     task = P.prepare(
         cfg, [{"prompt": x, "level": 0.0} for x in ("ab", "b")], rewards, model_of(), letters(), held_out
@@ -2466,7 +2467,7 @@ def test_rotary_factors_that_change_with_the_length_are_refused_where_they_would
 
 
 def test_a_router_that_rounds_to_another_expert_is_trained(tmp_path):
-    """In bfloat16 the cache may decide of single tokens."""
+    """In bfloat16 it may do so with a cache and not without, at single tokens."""
     cfg = quick(tmp_path, response_length=48, dtype="bfloat16")
     P.prepare(cfg, ["a"], worth, model_of("Qwen3Moe", num_hidden_layers=16), letters())
 
