@@ -28,7 +28,7 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
      (`ppo_update`).
   6. Metrics: what happened, as means over replies or over the tokens that were trained on (`rollout_metrics`).
 
-Not in the PPO paper:
+Three choices of this file that the papers below do not have:
 
 - The critic predicts in a unit of its own, the largest standard deviation of the returns so far, and in step 4 its bias
   is moved so that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no
@@ -114,7 +114,7 @@ def logprobs_from_logits(
 
 
 def entropy_from_logits(logits: Tensor):  # [..., V] -> [...]
-    """Entropy of the next-token distribution, in nats: 0 when it is certain, log V when it is uniform."""
+    """Entropy of the next token, in nats: 0 when it is certain, log of V when V tokens are equally likely."""
     logprobs = logits.log_softmax(-1)
     # Where a logit is -inf, p·log p must be 0, not NaN. Below -1000 p is 0 in any type, so nothing else changes.
     return -(logprobs.exp() * logprobs.clamp(min=-1000)).sum(-1)
@@ -128,8 +128,8 @@ def kl_estimate(
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
-    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: a reward is a constant, so the
-    gradient of the estimate itself is lost, and only with k1 is that 0 on average. KeyError for any other kind.
+    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: no gradient flows through a reward,
+    and only for k1 is the gradient that is lost 0 on average. KeyError for any other kind.
     """
     d = logprobs - ref_logprobs
     return {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d}[kind]
@@ -139,7 +139,7 @@ def adaptive_kl_coef(kl_coef, kl, target, horizon, episodes):
     """The next β of the proportional controller of Ziegler et al. 2019, section 2.2: up when KL is above its target.
 
     kl and target are in nats per reply. The relative error is clipped to ±0.2, so that `horizon` episodes (replies)
-    spent far from the target change β by about a fifth, and one call by no more, however many its episodes.
+    spent far from the target change β by about a fifth. One call changes it by a fifth at most.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * min(1, episodes / horizon))
@@ -211,7 +211,7 @@ def policy_loss(
     nothing is gained by moving ρ further than ε from 1. A token whose ρ has left [1-ε, 1+ε] in the direction that A
     asks for has no gradient any more; one that has left it in the other direction keeps its gradient.
 
-    cliprange_high: upper ε; None: the same as the lower (clip-higher, DAPO, arXiv 2503.14476).
+    cliprange_high: upper ε (clip-higher, DAPO, arXiv 2503.14476); None: the same as the lower.
     stats: over the mask, the k3 estimate of KL(old ‖ new), the share of tokens where the clip binds, and the mean of ρ.
     """
     upper = cliprange if cliprange_high is None else cliprange_high
@@ -284,7 +284,7 @@ class PPOConfig:
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
     num_mini_batches: Count = 4  # optimizer steps per pass
-    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits take 3·b·T·V·4 bytes, V the vocabulary
+    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits take up to 6·b·T·V·4 bytes, V tokens
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # of each learning rate, after the warm-up
     warmup_updates: Whole = 0  # first updates of the run, in which learning rates rise linearly
     max_grad_norm: Positive = 1.0  # gradient clipping
@@ -392,8 +392,9 @@ class Actor(nn.Module):
 
     lm: the model, which is trained in place, and whose output head is replaced by a `Head` with the same weights;
     adapters of peft may sit on its layers, not on the head.
-    dtype: of matrix products but the head's (autocast); with float32 they are of the weights' type. Not float16, whose
-    gradients would need a scale. Weights that are trained must be float32 or wider, or ValueError.
+    dtype: of matrix products but the head's (autocast). With float32, the default, autocast is off, and they are of the
+    weights' type. Not float16, whose gradients would need a scale. Weights that are trained must be float32 or wider,
+    or ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
     """
 
@@ -507,7 +508,7 @@ def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg
     return Rollout(queries, query_mask, responses, present, present.clone(), logprobs)  # mask: all that is present
 
 
-@torch.no_grad()  # not inference_mode, in which autocast rounds the weights again for every token
+@torch.no_grad()  # not inference_mode, in which autocast casts the weights again for every token
 def decode(
     actor: Actor,
     queries: Tensor,  # [b, P]
@@ -525,7 +526,7 @@ def decode(
     ids, attention, uniform = queries.to(device), query_mask.to(device), uniform.to(device, wide)
     stop = ids.new_tensor(stop_ids)
     tokens, logprobs, cache = [], [], None
-    with actor.autocast():  # around the whole loop: rounded copies of trained weights are kept until it ends
+    with actor.autocast():  # around the whole loop: the copies that it casts weights to are kept until it ends
         for t in range(uniform.shape[1]):
             output = actor.run(actor.lm, ids, attention, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1] / temperature  # [b, V]
@@ -623,7 +624,7 @@ def ppo_update(
     steps, taken = [], 0
     for minibatch in minibatches:
         optimizer.zero_grad()
-        actor.zero_grad()  # also what the optimizer lacks: it counts in the norm, and must not add up over the steps
+        actor.zero_grad()  # of parameters that the optimizer lacks: their gradients count in the norm, must not add up
         tokens = max(1, int(rollout.mask[minibatch].sum()))
         sums = defaultdict(float)
         for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
@@ -741,8 +742,8 @@ def ppo(
             "lr": optimizer.param_groups[0]["lr"],
             "kl_coef": progress.kl_coef,
             **own_metrics,
-            **rollout_metrics(rollout, reply_scores),  # after yours, none of which may replace the KL
             **stats,
+            **rollout_metrics(rollout, reply_scores),  # after yours, none of which may replace the KL
         }
         # "reward" is step 2, "evaluate" steps 3 and 4.
         for phase, start, end in zip(("generate", "reward", "evaluate", "update"), clock, clock[1:]):
@@ -800,7 +801,7 @@ def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
     What is not known is left out: the KL if there is no reference, the explained variance (1: V is right, 0: no better
-    than a constant) if all returns are equal. This is of the sampled returns: with λ < 1 `returns` hold V themselves.
+    than a constant) if all returns are equal. It is about the sampled returns: with λ < 1 `returns` hold V themselves.
     """
     mask = rollout.mask
     returns = rollout.sampled_returns[mask].double()  # [N] trained tokens; in float32 equal numbers may have a variance
@@ -891,7 +892,7 @@ class TaskConfig:
     reward_weights: tuple[float, ...] = ()  # of each --reward, then --reward-model; 0 measures only; none: all 1
     missing_eos_penalty: NotNegative = 0.0  # subtracted from the score of a reply that no stop token ends
     eval_prompts: str | None = None  # file of held-out prompts; None: of 20 or more one in ten, at most 64
-    stop_token: tuple[str, ...] = ()  # text of a token that ends a reply, beside the model's EOS; "." is not " ."
+    stop_token: tuple[str, ...] = ()  # text of a token that ends a reply beside EOS; in most tokenizers "." is not " ."
 
 
 @dataclass(frozen=True)
@@ -901,7 +902,7 @@ class RunConfig:
     critic_lr: Positive | None = None  # that of the value head, and of a separate critic; None: the policy's
     critic: Literal["shared", "separate"] = "shared"  # a head on the policy's hidden states; separate: on a copy's
     output_dir: str | None = None  # new folder of the run; None: runs/TIME-PROCESS
-    save_every: Count | None = None  # updates between checkpoints; None: only at the end, on Ctrl-C and on errors
+    save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C, on errors but NaN
     eval_every: Count | None = None  # updates between held-out evaluations with samples; None: only first and last
     resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
@@ -937,7 +938,7 @@ def load_prompts(path):
         return []
     with about(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line"):
         text = Path(path).read_text(encoding="utf-8-sig")
-        read = {".txt": str, ".jsonl": lambda line: dict(json.loads(line))}[Path(path).suffix]
+        read = {".txt": str, ".jsonl": json.loads}[Path(path).suffix]
         rows = [read(line) for line in text.split("\n") if line.strip()]
         if not rows:
             raise ValueError("there is no prompt in it")
@@ -947,18 +948,17 @@ def load_prompts(path):
 def encode(tokenizer, rows, vocabulary, room):
     """Tokenize prompts: texts, or chat messages, by the tokenizer's template. Those that are too long are dropped.
 
-    The columns `tools` and `chat_template_kwargs` of a chat go to the template, as in TRL. Every row gets the columns
-    of all rows, None where it lacks one.
+    The columns `tools` and `chat_template_kwargs` of a chat go to the template, as in TRL.
     """
-    rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
-    columns = dict.fromkeys(key for row in rows for key in row)
+    rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     prompts = []
     for row in rows:
         with about(f"the prompt {row!r:.300}: expected a text, or chat messages, under prompt"):
             text = row["prompt"]
             if isinstance(text, str):
-                ids = tokenizer(text)["input_ids"]
                 bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+                # A text that has its BOS already gets no second one.
+                ids = bare if bare[:1] == [tokenizer.bos_token_id] else tokenizer(text)["input_ids"]
                 is_over = bare and bare[-1] != ids[-1]  # as with [SEP] of BERT's tokenizers
             else:
                 ids = tokenizer.apply_chat_template(
@@ -975,7 +975,7 @@ def encode(tokenizer, rows, vocabulary, room):
                     f"the assistant spoke last: {ids}"
                 )
         if len(ids) <= room:
-            prompts.append(Prompt(ids, columns | row))
+            prompts.append(Prompt(ids, row))
     if rows and not prompts:
         raise ValueError(f"all {len(rows)} prompts have more than the {room} tokens that --response-length leaves")
     if len(prompts) < len(rows):
@@ -1113,6 +1113,7 @@ class Task:
     held_out: list  # prompts too
     rewards: list  # each with its weight
     stop_ids: list
+    columns: set  # of all rows, "prompt" too; a reward is told None where a row lacks one
     lock: object = contextlib.nullcontext()  # of the folder, until the run ends
 
     def judge(self, prompts, replies):  # -> [B, T], metrics
@@ -1122,12 +1123,17 @@ class Task:
         Scores are the weighted sum of the rewards, less the penalty at the last token of a reply that does not end.
         Each process asks for its share of the replies: in training, that is whole prompts with all the replies to them.
         """
-        rank, count = world()
         B = len(prompts)
+        ended = torch.tensor([float(reply[-1] in self.stop_ids) for reply in replies])
+        scores = torch.zeros(B, self.cfg.response_length)
+        scores[range(B), [len(reply) - 1 for reply in replies]] = self.cfg.missing_eos_penalty * (ended - 1)
+        said = {"reply/ended": ended}
+        rank, count = world()
         share = slice(rank * B // count, (rank + 1) * B // count)
-        columns = {key: [prompt.row.get(key) for prompt in prompts[share]] for key in self.prompts[0].row}
+        prompts, replies = prompts[share], replies[share]
+        columns = {key: [prompt.row.get(key) for prompt in prompts] for key in self.columns}
         asked = columns.pop("prompt")
-        texts = [reply_text(self.tokenizer, *pair) for pair in zip(prompts[share], replies[share])]
+        texts = [reply_text(self.tokenizer, *pair) for pair in zip(prompts, replies)]
         with about("the columns of the prompts, none of which may have the name of what a reward gets besides"):
             columns = dict(
                 prompts=asked,
@@ -1135,14 +1141,10 @@ class Task:
                     text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                     for prompt, text in zip(asked, texts)
                 ],
-                completion_ids=replies[share],
-                raw_completions=self.tokenizer.batch_decode(replies[share]),  # with special tokens
+                completion_ids=replies,
+                raw_completions=self.tokenizer.batch_decode(replies),  # with special tokens
                 **columns,
             )
-        ended = torch.tensor([float(reply[-1] in self.stop_ids) for reply in replies])
-        scores = torch.zeros(B, self.cfg.response_length)
-        scores[range(B), [len(reply) - 1 for reply in replies]] = self.cfg.missing_eos_penalty * (ended - 1)
-        said = {"reply/ended": ended}
         heard = torch.zeros(B)
         for reward, weight in self.rewards:
             part = torch.zeros(scores.shape)
@@ -1200,8 +1202,7 @@ def pick_device(cfg: Config):
     dtype = ("bfloat16" if is_fast else "float32") if cfg.dtype == "auto" else cfg.dtype
     # The float32 products of the two heads by TF32: error 5e-4, 7 times as fast. The model has no others: transformers
     # made rotary angles by one up to 5.18. But a float32 reward model on the same GPU computes by TF32 too.
-    if is_fast and dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if is_fast and dtype == "bfloat16" else "highest")
     return device, getattr(torch, dtype)
 
 
@@ -1230,10 +1231,11 @@ def make_actors(cfg: Config, model: nn.Module, device: torch.device, dtype: torc
 def make_optimizer(cfg: Config, actor: Actor):
     """AdamW with two groups: the policy, and what only the critic uses."""
     own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
-    rates = (actor.lm.parameters(), cfg.learning_rate), (own, cfg.critic_lr or cfg.learning_rate)
-    groups = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in rates]  # `ppo` scales the initial ones
+    # From initial_lr `ppo` makes the rate of each update, so lr need not be given.
+    policy = {"params": actor.lm.parameters(), "initial_lr": cfg.learning_rate}
+    critic = {"params": own, "initial_lr": cfg.critic_lr or cfg.learning_rate}
     # eps as in openai/baselines. Gradients of its size halve a step, as those of 8 B weights, once clipped to norm 1.
-    return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW([policy, critic], eps=1e-5, weight_decay=0.0, fused=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1329,11 +1331,12 @@ def resume(task: Task, initial: dict):
     """
     cfg_before, initial_before = read_config(task.run)
     before, now = vars(cfg_before) | initial_before, vars(task.cfg) | initial
-    for name in now.keys() - MAY_CHANGE:
-        if now[name] != before[name]:
-            raise ValueError(
-                f"--resume: not what the run began with: {name}; only {', '.join(MAY_CHANGE)} may change"
-            )
+    changed = dict(now.items() - before.items()).keys() - MAY_CHANGE
+    if changed:
+        raise ValueError(
+            f"--resume: not what the run began with: {', '.join(sorted(changed))}; "
+            f"only {', '.join(MAY_CHANGE)} may change"
+        )
     sizes = dict.fromkeys(LOGS, 0)
     path = task.run / "checkpoint.pt"
     if path.exists():
@@ -1372,7 +1375,8 @@ def rehearse(task: Task):
     cannot be padded, or has rotary factors that change with the length.
     """
     cfg, actor = task.cfg, task.actor
-    optimizer = torch.optim.AdamW(actor.parameters(), 0.0)  # while they are shards: a forward makes them whole
+    # While they are shards: a forward makes them whole.
+    optimizer = torch.optim.AdamW(actor.parameters(), 0.0, fused=True)
     by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
     longest = by_length[-1:] * math.ceil(min(cfg.micro_batch_size, cfg.batch_size) / cfg.samples_per_prompt)
     prompts = [prompt for prompt in [by_length[0], *longest] * world()[1] for _ in range(cfg.samples_per_prompt)]
@@ -1383,13 +1387,15 @@ def rehearse(task: Task):
     with torch.no_grad():
         alone = actor(rollout.select(torch.tensor([0]), actor.lm.device), cfg.temperature)[0].cpu()
     # The mean of a reply: in bfloat16 a single token may differ much, as where a router rounds to another expert.
-    beside, tolerance = rollout.logprobs, 0.02 if actor.dtype == torch.float32 else 0.25
+    tolerance = 0.02 if actor.dtype == torch.float32 else 0.25
+    beside = rollout.logprobs
     gap = max(F.l1_loss(alone, beside[:1, :8]), (rollout.sampler_logprobs - beside).abs().mean(1).max())
     if not gap <= tolerance * beside.std() + 1e-3:
         raise ValueError("this model cannot be trained here: a reply is another when padded or cached")
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
-    once = dataclasses.replace(cfg, num_ppo_epochs=1, num_mini_batches=1, vf_coef=0.0)
-    if ppo_update(actor, optimizer, rollout, once)["grad_norm"] == 0:
+    # Two steps: AdamW makes its moments at the end of the first, so only the second needs the memory of training.
+    twice = dataclasses.replace(cfg, num_ppo_epochs=2, num_mini_batches=1, vf_coef=0.0)
+    if ppo_update(actor, optimizer, rollout, twice)["grad_norm"] == 0:
         raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
     weights = dcp.get_model_state_dict(actor, options=WHOLE)
     if world()[0] == 0:
@@ -1423,7 +1429,7 @@ def prepare(
     if model is None and cfg.model:
         model = load("ModelForCausalLM", cfg.model)
     if model is not None:
-        tokenizer = tokenizer or load("Tokenizer", cfg.model)
+        tokenizer = tokenizer or load("Tokenizer", cfg.model or model.name_or_path)
     elif prompts or eval_prompts or cfg.prompts or cfg.eval_prompts or rewards:
         raise ValueError("prompts and rewards need a model: give --model too")
     else:
@@ -1440,8 +1446,8 @@ def prepare(
     if not held_out:
         distinct = {str(prompt.ids): prompt for prompt in train_prompts}
         # Never one alone: its mean would have no standard error.
-        for key in random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 20 * 2)):
-            held_out.append(distinct.pop(key))
+        keys = random.Random(cfg.seed).sample([*distinct], min(64, len(distinct) // 20 * 2))
+        held_out = [distinct.pop(key) for key in keys]
         train_prompts = [prompt for prompt in train_prompts if str(prompt.ids) in distinct]
     if not train_prompts:
         raise ValueError("there is no prompt to train on: expected --prompts FILE")
@@ -1466,7 +1472,8 @@ def prepare(
     run = Path(place[0]).expanduser()
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer,
-        train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids)
+        train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids),
+        {key for prompt in train_prompts + held_out for key in prompt.row}
     )
     with about(f"in the rehearsal of {type(model).__name__}"):
         rehearse(task)
@@ -1497,14 +1504,15 @@ def evaluate_held_out(task: Task):
     """
     metrics = {"update": task.progress.update}
     seed_everything(task.cfg.seed)
-    prompts = task.held_out * world()[1]  # as many for each process
+    n = len(task.held_out)
+    prompts = task.held_out * (math.lcm(n, world()[1]) // n)  # as many for each process
     prompts *= max(1, task.cfg.batch_size // len(prompts))
     rollout = sample_replies(task.actor, prompts, task.stop_ids, task.cfg)
     scores, said = task.judge(prompts, rollout.replies())
     fill_logprobs_and_values(task.actor, task.ref, rollout, task.cfg)
     said = {"score": scores.sum(1), **said, "kl": reply_kl(rollout)}
     for name, x in said.items():
-        x = x.view(-1, len(task.held_out)).nanmean(0)
+        x = x.view(-1, n).nanmean(0)
         x = x[x.isfinite()]
         if len(x):
             metrics[f"eval/{name}"] = float(x.mean())
@@ -1572,7 +1580,7 @@ def run_task(task: Task):
             )
             bar.write(f"\nHeld-out, update {progress.update}: {means}")
             for row in rows:
-                bar.write("  " + textwrap.shorten(f"{row['prompt']} | {row['reply']}", 500))
+                bar.write("  " + " ".join(f"{str(row['prompt'])[-200:]} | {row['reply'][:300]}".split()))
 
     def evaluate():
         if task.held_out:
@@ -1599,8 +1607,8 @@ def run_task(task: Task):
                 if stop and progress.update < cfg.num_updates:
                     raise KeyboardInterrupt(f"stopped after update {progress.update}, {go_on}")
         except Exception as e:
-            # Of several processes the others may be gone.
-            if progress.update and world()[1] == 1 and all(x.isfinite().all() for x in task.actor.parameters()):
+            # Of several processes the others may be gone. A policy that diverges does not replace an older one.
+            if progress.update and world()[1] == 1 and not isinstance(e, FloatingPointError):
                 save(task)
                 e.add_note(f"(saved after update {progress.update} and any steps since, {go_on})")
             raise
@@ -1611,9 +1619,10 @@ def run_task(task: Task):
 def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, eval_prompts=None):
     """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(DEMO).
 
-    prompts, eval_prompts: strings, or dicts with "prompt" and columns for the reward. reward: one or several functions
-    f(prompts, completions, **columns) that give, for each reply, a number, a list of one for each of its tokens, or
-    None. model, tokenizer: of transformers; this model is trained.
+    prompts, eval_prompts: texts, chats, or dicts with "prompt" and columns for the reward. reward: one or several
+    functions f(prompts, completions, **columns) that give, for each reply, a number, a list of one for each of its
+    tokens, or None. model, tokenizer: of transformers; this model is trained. Without a tokenizer it is the one of the
+    folder that the model came from.
     Raises whatever is wrong, with notes that say what it is about. KeyboardInterrupt: see `run_task`. To go on with a
     run, call it again with the same arguments, the model loaded anew, and the folder as `resume` of cfg.
     """
