@@ -284,7 +284,7 @@ class PPOConfig:
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
     num_mini_batches: Count = 4  # optimizer steps per pass
-    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits take up to 6·b·T·V·4 bytes, V tokens
+    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits: up to 6·b·T·V·4 bytes, V: vocabulary
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # of each learning rate, after the warm-up
     warmup_updates: Whole = 0  # first updates of the run, in which learning rates rise linearly
     max_grad_norm: Positive = 1.0  # gradient clipping
