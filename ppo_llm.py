@@ -1022,12 +1022,13 @@ def load_reward_model(name, device: torch.device, cfg: Config):
     def score(prompts, completions, **columns):
         scores = []
         for prompt, completion in zip(prompts, completions):
-            text, is_chat = prompt + completion, not isinstance(prompt, str)
+            text = prompt + completion
+            is_chat = not isinstance(prompt, str)
             if is_chat:  # the template writes all special tokens
                 text = tokenizer.apply_chat_template(text, tokenize=False)
             inputs = tokenizer(
                 text,
-                add_special_tokens=not is_chat,
+                add_special_tokens=not (is_chat or text.startswith(tokenizer.bos_token or "\0")),  # no second BOS
                 truncation=True,
                 max_length=min(most_tokens(model), tokenizer.model_max_length),
                 return_tensors="pt",
@@ -1049,7 +1050,8 @@ def ask(reward: Callable, columns: dict):
 
     After an error it is asked for each reply alone, so that the error names the first reply that it comes for.
     """
-    prompts, completions = columns["prompts"], columns["completions"]
+    prompts = columns["prompts"]
+    completions = columns["completions"]
     try:
         answers = reward(**copy.deepcopy(columns))
         if inspect.isawaitable(answers):
@@ -1130,7 +1132,8 @@ class Task:
         said = {"reply/ended": ended}
         rank, count = world()
         share = slice(rank * B // count, (rank + 1) * B // count)
-        prompts, replies = prompts[share], replies[share]
+        prompts = prompts[share]
+        replies = replies[share]
         columns = {key: [prompt.row.get(key) for prompt in prompts] for key in self.columns}
         asked = columns.pop("prompt")
         texts = [reply_text(self.tokenizer, *pair) for pair in zip(prompts, replies)]
@@ -1297,7 +1300,8 @@ def save(task: Task):
     weights, moments = dcp.get_state_dict(task.actor, task.optimizer, options=WHOLE)
     if world()[0] > 0:
         return
-    folder, file = task.run / "unfinished", task.run / "unfinished.pt"
+    folder = task.run / "unfinished"
+    file = task.run / "unfinished.pt"
     shutil.rmtree(folder, ignore_errors=True)
     save_policy(task, weights, folder)
     logs = {name: (task.run / name).stat().st_size for name in LOGS}
@@ -1330,7 +1334,8 @@ def resume(task: Task, initial: dict):
     """Go back to the run's checkpoint, and cut the logs to it. Without one the run begins anew. initial: `fingerprint`.
     """
     cfg_before, initial_before = read_config(task.run)
-    before, now = vars(cfg_before) | initial_before, vars(task.cfg) | initial
+    before = vars(cfg_before) | initial_before
+    now = vars(task.cfg) | initial
     changed = dict(now.items() - before.items()).keys() - MAY_CHANGE
     if changed:
         raise ValueError(
@@ -1374,7 +1379,8 @@ def rehearse(task: Task):
     A reply must have the same probability alone, beside longer ones, and decoded with a cache. It has not where a model
     cannot be padded, or has rotary factors that change with the length.
     """
-    cfg, actor = task.cfg, task.actor
+    cfg = task.cfg
+    actor = task.actor
     # While they are shards: a forward makes them whole.
     optimizer = torch.optim.AdamW(actor.parameters(), 0.0, fused=True)
     by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
@@ -1553,7 +1559,9 @@ def run_task(task: Task):
     """Train, log and save. KeyboardInterrupt, with the run saved, after the update in which a signal came."""
     from tqdm import tqdm
 
-    cfg, run, progress = task.cfg, task.run, task.progress
+    cfg = task.cfg
+    run = task.run
+    progress = task.progress
     rank, _ = world()
     go_on = f"to go on: python ppo_llm.py --resume {run} --num-updates {cfg.num_updates}"
     bar = tqdm(total=cfg.num_updates, initial=progress.update, disable=rank)
@@ -1596,8 +1604,11 @@ def run_task(task: Task):
         try:
             for metrics, samples in updates:
                 log(metrics, samples)
-                shown = "score {objective/scores:.2f}, KL {objective/kl:z.1f}, ended {reply/ended:.0%}"
-                bar.set_postfix_str(shown.format_map(metrics), False)
+                bar.set_postfix_str(
+                    f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:z.1f}, "
+                    f"ended {metrics['reply/ended']:.0%}",
+                    False
+                )
                 bar.update()
                 if is_due(cfg.eval_every):
                     evaluate()

@@ -880,7 +880,8 @@ def language(actor, ref, lengths, cfg, each_token, holes):
     tokens = torch.tensor(list(itertools.product(range(3), repeat=3)))
     present = P.response_mask(tokens, [STOP])
     replies, first = torch.unique(torch.where(present, tokens, -1), dim=0, return_inverse=True)
-    replies, n = replies.clamp(min=0).repeat(len(lengths), 1), len(replies)
+    n = len(replies)
+    replies = replies.clamp(min=0).repeat(len(lengths), 1)
     prompts = random_prompts(lengths, V=3)
     queries, query_mask = (x.repeat_interleave(n, 0) for x in P.left_pad([prompt.ids for prompt in prompts]))
     present = torch.stack([present[first == i][0] for i in range(n)]).repeat(len(lengths), 1)
@@ -1105,7 +1106,8 @@ def test_target_kl_stops_before_the_step_and_leaves_no_gradient_behind():
     cfg = settings_of(target_kl=1e-6, num_ppo_epochs=3, micro_batch_size=4)
     actor, _, rollout = experience()
     optimizer = torch.optim.SGD(actor.parameters(), lr=0.5)
-    taken, computed = [], []
+    taken = []
+    computed = []
     optimizer.register_step_post_hook(lambda *_: taken.append(weights_of(actor)))
 
     def loss(actor, batch, cfg):
@@ -1174,11 +1176,9 @@ def test_each_term_of_the_loss_has_its_coefficient():
     assert error(loss(vf_coef=0.5)[0] - plain, 0.5 * stats["loss/value"]) < 1e-12
     assert error(loss(ent_coef=0.5)[0] - plain, -0.5 * average(batch.entropy[batch.mask])) < 1e-9
     assert not actor(batch, 1.0, with_entropy=False)[1].any()
-    new_logprobs, new_values, returns = (
-        batch.logprobs,
-        batch.values / actor.unit,
-        batch.returns / actor.unit,
-    )
+    new_logprobs = batch.logprobs
+    new_values = batch.values / actor.unit
+    returns = batch.returns / actor.unit
     batch.logprobs = new_logprobs - 0.5  # ratio e^½: every clip binds on one sign of the advantage
     batch.values = batch.values + 0.4 * actor.unit
     for changes in (dict(cliprange=0.1), dict(cliprange_high=0.4)):
@@ -1322,8 +1322,10 @@ def test_rounding_is_no_spread():
     actor = P.Actor(tiny())
     P.compute_advantages(actor, rollout, torch.full((8,), 0.1, dtype=REAL), 0.0, settings_of())
     assert actor.unit == 1
-    scores, cfg = torch.full((8,), 1000.1), settings_of(whiten_advantages=True)
-    rollout.logprobs, rollout.ref_logprobs = rollout.logprobs.float(), rollout.ref_logprobs.float()
+    scores = torch.full((8,), 1000.1)
+    cfg = settings_of(whiten_advantages=True)
+    rollout.logprobs = rollout.logprobs.float()
+    rollout.ref_logprobs = rollout.ref_logprobs.float()
     for miss, any_advantage in ((1e-4, False), (1e-2, True)):
         rollout.values = scores.unsqueeze(1) + miss * torch.randn(rollout.mask.shape)
         P.compute_advantages(actor, rollout, scores, 0.0, cfg)
@@ -1416,7 +1418,8 @@ def test_a_mask_beyond_the_reply_is_refused_and_a_hole_in_it_and_padding_after_t
 
     def sample(*arguments):
         rollout = with_hole(P.sample_replies(*arguments))
-        beyond, after = rollout.mask + True, rollout.query_mask.cumsum(1) < 2
+        beyond = rollout.mask + True
+        after = rollout.query_mask.cumsum(1) < 2
         x = dict(mask=beyond, present=rollout.mask, query_mask=after)
         return dataclasses.replace(rollout, **{changed: x[changed]})
 
@@ -1995,14 +1998,16 @@ def test_what_saves_memory_or_a_checkpoint_changes_nothing_else(flag, run_with):
 def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
     """Messages go through the chat template, without a second bos, and a text that has one gets no other. The reward
     gets the messages, the reply as a message, its ids, the reply with its special tokens, and each column, None where a
-    row lacks it. A reward of None counts for nothing. The template gets the columns that are its own."""
+    row lacks it. A reward of None counts for nothing. The template gets the columns that are its own. A reward model is
+    given no second bos either."""
     seen = []
 
     def reward(prompts, completions, completion_ids, raw_completions, answer, level, **columns):
         seen.extend(zip(prompts, completions, completion_ids, raw_completions, zip(answer, level)))
         return [x or 0 for x in answer]
 
-    user, begun = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab"}
+    user = {"role": "user", "content": "hi"}
+    begun = {"role": "assistant", "content": "ab"}
     rows = [
         {"prompt": [user], "answer": 3, "tools": [{"x": "y"}]},
         {"prompt": [begun, user], "answer": None, "level": "x", "chat_template_kwargs": {"mood": " gay"}},
@@ -2027,6 +2032,10 @@ def test_chat_prompts_and_columns_reach_rewards_as_in_trls_grpo(tmp_path):
         assert raw == "".join(LETTERS[i] for i in ids)
     assert any(raw != completion for _, completion, _, raw, _ in seen if isinstance(completion, str))
     assert metrics["objective/scores"] == pytest.approx(5 / 4)
+    put(tmp_path / "judge", model_of("Llama", head="ForSequenceClassification", num_labels=1))
+    tokenizer.save_pretrained(tmp_path / "judge")
+    first, second = P.load_reward_model(f"{tmp_path}/judge", CPU, cfg)(["<a", "a"], ["b", "b"])
+    assert first == second
 
 
 def test_a_chat_may_need_no_chat_template_and_a_prompt_must_not_be_over():
@@ -2054,7 +2063,8 @@ def test_prompt_and_reply_are_the_whole_text():
     both are decoded alone."""
     words = "? <s> ▁it ▁was ▁good ly <0xC3> <0xA9>".split()
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
-    spaces, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    spaces = decoders.Replace("▁", " ")
+    strip = decoders.Strip(" ", 1, 0)
     core.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
     for prompt, ids, reply, text in (
@@ -2264,7 +2274,8 @@ def test_a_reward_may_give_a_number_for_each_token(tmp_path):
     task = P.prepare(cfg, ["a", "b"], worth, model_of(), letters())
     task.rewards = [(whole, 2.0), (each, 10.0)]
     task.stop_ids = [9]
-    prompts, replies = [P.Prompt([1], {"prompt": "a"})] * 4, [[1, 9], [3, 9], [2, 2, 9], [4, 4, 4, 4]]
+    prompts = [P.Prompt([1], {"prompt": "a"})] * 4
+    replies = [[1, 9], [3, 9], [2, 2, 9], [4, 4, 4, 4]]
     scores, said = task.judge(prompts, replies)
     assert not scores.requires_grad
     assert scores.tolist() == [[0, 2, 0, 0, 0], [0, 10, 0, 0, 0], [5, 2.5, 44, 0, 0], [0, 0, 0, -44, 0]]
@@ -2411,7 +2422,8 @@ def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monke
     """Exit status 1, and one line that names the reward, the prompt and the reply. The update before is kept, and the
     run goes on as if nothing had been once the reward is put right."""
     give, message = GIVEN[given]
-    calls, sound = itertools.count(), answers
+    calls = itertools.count()
+    sound = answers
 
     def fragile(prompts, **columns):
         return give(len(prompts)) if next(calls) >= 3 else sound(prompts=prompts, **columns)
@@ -2721,7 +2733,8 @@ def test_a_list_that_is_given_takes_the_place_of_the_one_known(finished):
 
 def test_what_a_run_began_with_is_known_by_its_bytes():
     """Weights in another order, of any type; columns. Not by the tokens, as a chat template may write the date."""
-    begun, lm = [], torch.nn.Linear(2, 1)
+    begun = []
+    lm = torch.nn.Linear(2, 1)
     types = (torch.complex64, torch.float8_e4m3fn, torch.bool, torch.bfloat16)
     for i, dtype in enumerate(types):
         lm.register_buffer(f"x{i}", torch.zeros(3).to(dtype))
@@ -2800,7 +2813,8 @@ WAITS = Counter()
 
 def waiting(what):
     """Note that the function of ppo_llm.py that asked, at times through one of transformers, waits."""
-    frame, through = sys._getframe(2), ""
+    frame = sys._getframe(2)
+    through = ""
     while frame is not None and frame.f_code.co_filename != P.__file__:
         if "transformers" in frame.f_code.co_filename and not through:
             through = f" < {frame.f_code.co_name}"
@@ -2835,7 +2849,8 @@ def computed(op, types, args=(), kwargs=None):
     kwargs = kwargs or {}
     leaves = torch.utils._pytree.tree_leaves
     tensors = [x for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    is_far, device = any(isinstance(x, Far) for x in tensors), str(kwargs.get("device") or "")
+    is_far = any(isinstance(x, Far) for x in tensors)
+    device = str(kwargs.get("device") or "")
     if not is_far and not device.startswith("far"):
         return op(*args, **kwargs)
     name = op._schema.name.removeprefix("aten::")
@@ -3251,7 +3266,8 @@ def test_a_stale_engine_is_corrected(kind):
     from engine import corrected_loss
 
     cfg = settings_of(lam=0.7, gamma=0.9, kl_coef=0.3, vf_coef=0.0)
-    actor, older = tiny_actor(kind, 3), tiny_actor(kind, 3)
+    actor = tiny_actor(kind, 3)
+    older = tiny_actor(kind, 3)
     for p in older.lm.parameters():
         p.data += 0.01 * torch.randn(p.shape, dtype=REAL, generator=torch.Generator().manual_seed(1))
     rollout, scores, _ = language(actor, tiny_actor(kind, 3, 9), [1, 3], cfg, False, False)
@@ -3312,12 +3328,6 @@ MUSEUM = {
         "response_mask",
         "stops_before == 0",
         "(stops_before == 0) & (responses != (stop_ids + [-1])[0])",
-        test_response_mask_is_a_naive_loop,
-    ),
-    "the tokens before EOS as the mask: the policy is never paid for ending": (
-        "response_mask",
-        "cumsum(1) - stop",
-        "cumsum(1)",
         test_response_mask_is_a_naive_loop,
     ),
     "attention where token != pad: what holds the pad token is not seen whole (trl#6357)": (
@@ -3402,19 +3412,7 @@ MUSEUM = {
         "(centered**2).mean()",
         test_masked_mean_and_whitening,
     ),
-    "whitening without a floor: one or equal cells give NaN, and the next step destroys the weights": (
-        "masked_whiten",
-        "torch.where(are_equal, 0.0, centered / std)",
-        "(centered / std)",
-        test_masked_mean_and_whitening,
-    ),
     # Losses and steps
-    "the larger of the two objectives: the clip frees just what it should hold": (
-        "policy_loss",
-        "torch.minimum",
-        "torch.maximum",
-        test_policy_loss_by_brute_force,
-    ),
     "each micro-batch by its own mean: the gradient depends on how the step was cut (verl#5625, minRLHF)": (
         "ppo_update",
         "(share * mean).backward()",
