@@ -1374,7 +1374,7 @@ def resume(task: Task, initial: dict):
 
 def rehearse(task: Task):
     """Go the whole way once before anything is written, with the shortest prompt beside the longest: sample replies of
-    full length, ask every reward, take a step at a learning rate of 0, save the policy and load it again.
+    full length, ask every reward, take two steps at a learning rate of 0, save the policy and load it again.
 
     A reply must have the same probability alone, beside longer ones, and decoded with a cache. It has not where a model
     cannot be padded, or has rotary factors that change with the length.
