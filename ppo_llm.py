@@ -51,7 +51,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Annotated, Callable, Literal
@@ -159,10 +158,10 @@ def token_rewards(
     T = mask.shape[1]
     if scores.ndim == 1:
         scores = F.pad(scores.unsqueeze(1), (T - 1, 0))  # in the last column; below it moves to the last written token
-    # [B, T], for each column the last written token up to it, -1 if none: the mask 0 1 1 0 0 1 gives -1 1 2 2 2 5.
-    earner = torch.where(mask, torch.arange(T, device=mask.device), -1).cummax(1).values
-    scores = torch.where(earner >= 0, scores, 0.0)
-    rewards = torch.zeros_like(scores).scatter_add(1, earner.clamp(min=0), scores)
+    # [B, T], for each column the number, from 1 on, of the last written token up to it, 0 if there is none: the mask
+    # 0 1 1 0 0 1 gives 0 2 3 3 3 6. What nobody earned is added up in a column 0, which is cut off.
+    earner = torch.where(mask, torch.arange(1, T + 1, device=mask.device), 0).cummax(1).values
+    rewards = scores.new_zeros(len(scores), T + 1).scatter_add(1, earner, scores)[:, 1:]
     if kl_coef:  # else the KL need not even be known
         rewards -= torch.where(mask, kl_coef * kl, 0.0)
     return rewards
@@ -184,7 +183,7 @@ def gae(
     by γ. Below 1 the values of the next tokens take the place of a part of the later rewards: there is less noise, but
     the critic's errors enter. Time runs over the tokens of the mask, not in a hole. Elsewhere both results are 0.
     """
-    next_advantage = next_value = torch.zeros_like(values[:, 0])
+    next_advantage = next_value = 0.0
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -390,8 +389,8 @@ class Actor(nn.Module):
     """A causal language model of transformers as the policy, and a critic: a linear head on hidden states. The
     reference is an Actor too; its values are not used.
 
-    lm: the model, which is trained in place, and whose output head is replaced by a `Head` with the same weights;
-    adapters of peft may sit on its layers, not on the head.
+    lm: the model, which is trained in place, and whose output head becomes a `Head`; adapters of peft may sit on its
+    layers, not on the head.
     dtype: of matrix products but the head's (autocast). With float32, the default, autocast is off, and they are of the
     weights' type. Not float16, whose gradients would need a scale. Weights that are trained must be float32 or wider,
     or ValueError.
@@ -407,16 +406,14 @@ class Actor(nn.Module):
         for name, weight in self.named_parameters():
             if weight.requires_grad and weight.dtype.itemsize < 4:
                 raise ValueError(f"{name} is {weight.dtype}: expected float32, for AdamW's small steps; call .float()")
-        old = lm.get_output_embeddings()
-        head = Head(old.in_features, old.out_features, old.bias is not None, device="meta")
-        head.weight, head.bias = old.weight, old.bias  # the same parameters: what is tied stays tied
-        lm.set_output_embeddings(head)
-        width = old.in_features if critic is None else critic.config.get_text_config().hidden_size
+        head = lm.get_output_embeddings()
+        head.__class__ = Head  # the same weights: what is tied stays tied
+        width = head.in_features if critic is None else critic.config.get_text_config().hidden_size
         self.real = torch.promote_types(lm.dtype, torch.float32)  # of values and log-probabilities
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=self.real)
         for weight in self.value_head.parameters():
             nn.init.zeros_(weight)  # V starts at 0 in all states, not at random
-        self.register_buffer("spread", torch.zeros((), device=lm.device, dtype=self.real))
+        self.register_buffer("spread", self.value_head.bias.new_zeros(()))
 
     @property
     def unit(self):  # []
@@ -495,8 +492,8 @@ def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg
     """
     queries, query_mask = left_pad([prompt.ids for prompt in prompts])
     responses = queries.new_zeros(len(prompts), cfg.response_length)
-    logprobs = torch.zeros(responses.shape, dtype=actor.real)
-    uniform = torch.rand(responses.shape, dtype=torch.float64)
+    logprobs = torch.zeros_like(responses, dtype=actor.real)
+    uniform = torch.rand_like(responses, dtype=torch.float64)
     rank, count = world()
     for rows in torch.arange(len(prompts))[rank::count].split(8 * cfg.micro_batch_size):
         tokens, logps = decode(actor, queries[rows], query_mask[rows], uniform[rows], stop_ids, cfg.temperature)
@@ -527,12 +524,12 @@ def decode(
     stop = ids.new_tensor(stop_ids)
     tokens, logprobs, cache = [], [], None
     with actor.autocast():  # around the whole loop: the copies that it casts weights to are kept until it ends
-        for t in range(uniform.shape[1]):
+        for t, draw in enumerate(uniform.split(1, 1)):  # draw [b, 1]
             output = actor.run(actor.lm, ids, attention, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1] / temperature  # [b, V]
-            cumulative = logits.to(wide).softmax(-1).cumsum(-1)
-            ids = (cumulative <= uniform[:, t : t + 1]).sum(1, keepdim=True)  # [b, 1]
-            ids = ids.clamp(max=logits.shape[1] - 1)  # rounding may leave the sum of all below 1
+            cumulative = logits.softmax(-1, dtype=wide).cumsum(-1)
+            # The last token has all that remains: rounding may leave the sum of all below 1.
+            ids = (cumulative[:, :-1] <= draw).sum(1, keepdim=True)  # [b, 1]
             tokens.append(ids)
             logprobs.append(logprobs_from_logits(logits.unsqueeze(1), ids))
             if t % 4 == 3 and torch.isin(torch.cat(tokens, 1), stop).any(1).all():  # seldom: it makes a GPU wait
@@ -626,14 +623,13 @@ def ppo_update(
         optimizer.zero_grad()
         actor.zero_grad()  # of parameters that the optimizer lacks: their gradients count in the norm, must not add up
         tokens = max(1, int(rollout.mask[minibatch].sum()))
-        sums = defaultdict(float)
+        sums = 0.0
         for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
             share = int(rollout.mask[rows].sum()) / tokens
             mean, stats = loss(actor, batch, cfg)
             (share * mean).backward()  # summed over micro-batches and processes: the gradient of the mean of the step
-            for name, x in stats.items():
-                sums[name] += share * x.detach()
-        step = dict(zip(sums, all_sum(torch.stack([*sums.values()])).tolist()))
+            sums += share * torch.stack([*stats.values()]).detach()
+        step = dict(zip(stats, all_sum(sums).tolist()))
         if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
             actor.lm.zero_grad()
         norm = nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm)
@@ -707,7 +703,9 @@ def ppo(
         # 1. Generate a reply to each prompt.
         drawn = draw_prompts(prompts, update, cfg)
         rollout = sample(actor, drawn, stop_ids, cfg)
-        if (rollout.mask > rollout.present.cumprod(1)).any() or not rollout.query_mask[:, -1].all():
+        present = rollout.present
+        has_holes = (present > present.cumprod(1)).any()
+        if has_holes or (rollout.mask > present).any() or not rollout.query_mask[:, -1].all():
             raise ValueError("sample: expected `queries` padded on the left, `present` without holes, `mask` within it")
         clock.append(time.perf_counter())
 
@@ -939,7 +937,11 @@ def load_prompts(path):
     with about(f"the prompts {path}: expected .txt, a prompt a line, or .jsonl, a row with a prompt a line"):
         text = Path(path).read_text(encoding="utf-8-sig")
         read = {".txt": str, ".jsonl": json.loads}[Path(path).suffix]
-        rows = [read(line) for line in text.split("\n") if line.strip()]
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            with about(f"line {number}"):
+                if line.strip():
+                    rows.append(read(line))
         if not rows:
             raise ValueError("there is no prompt in it")
         return rows
@@ -950,9 +952,9 @@ def encode(tokenizer, rows, vocabulary, room):
 
     The columns `tools` and `chat_template_kwargs` of a chat go to the template, as in TRL.
     """
-    rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     prompts = []
     for row in rows:
+        row = row if isinstance(row, dict) else {"prompt": row}
         with about(f"the prompt {row!r:.300}: expected a text, or chat messages, under prompt"):
             text = row["prompt"]
             if isinstance(text, str):
@@ -1226,8 +1228,8 @@ def make_actors(cfg: Config, model: nn.Module, device: torch.device, dtype: torc
         if not layers_of(actor):
             raise ValueError(f"--gradient-checkpointing: {type(model).__name__} has no layers for it; leave it out")
         for layer in layers_of(actor):
-            forward = functools.partial(type(layer).forward, layer)  # not layer.forward, which may be wrapped already
-            layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+            forward = type(layer).forward  # not layer.forward, which may be wrapped already
+            layer.forward = functools.partial(checkpoint, forward, layer, use_reentrant=False, preserve_rng_state=False)
     return actor, ref
 
 
@@ -1251,7 +1253,7 @@ def start_processes():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(dist.get_node_local_rank())
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
         # A thread of gloo may still hold a tensor. Before Python 3.14, dropping it while Python ends aborts the process
@@ -1667,12 +1669,12 @@ DEMO = Config(
 
 def sentiment(prompts, completions, **columns):
     """Positive words less negative words in each reply."""
-    return [float(sum((word in GOOD) - (word in BAD) for word in text.split())) for text in completions]
+    return [sum((word in GOOD) - (word in BAD) for word in text.split()) for text in completions]
 
 
 def fluency(prompts, completions, **columns):
     """1 if the grammar parses the whole review. Measured with weight 0, never rewarded: it shows reward hacking."""
-    return [float(bool(REVIEW.fullmatch(prompt + text))) for prompt, text in zip(prompts, completions)]
+    return [bool(REVIEW.fullmatch(prompt + text)) for prompt, text in zip(prompts, completions)]
 
 
 def demo_task(seed, steps=160):

@@ -245,7 +245,7 @@ def test_a_token_that_cannot_come_adds_nothing_to_the_entropy():
 def test_kl_estimators_are_unbiased_by_enumeration(data, V):
     """E over tokens from π: k1 and k3 give KL(π ‖ ref) = E[d] exactly, k2 gives E[d²]/2, where d = log π - log ref.
 
-    One k1 may be negative; k2 and k3 never are.
+    One k1 may be negative; k3 never is.
     """
     policy, ref = (data.draw(vectors(V)).log_softmax(0) for _ in range(2))
     d = policy - ref
@@ -254,7 +254,6 @@ def test_kl_estimators_are_unbiased_by_enumeration(data, V):
     assert error(p @ k1, p @ d) < 1e-12
     assert error(p @ k2, p @ d**2 / 2) < 1e-12
     assert error(p @ k3, p @ d) < 1e-12
-    assert (k2 >= 0).all()
     assert (k3 >= -1e-15).all()
     assert error(P.kl_estimate(policy, ref), k1) == 0
 
@@ -1421,6 +1420,7 @@ def test_a_mask_beyond_the_reply_is_refused_and_a_hole_in_it_and_padding_after_t
         beyond = rollout.mask + True
         after = rollout.query_mask.cumsum(1) < 2
         x = dict(mask=beyond, present=rollout.mask, query_mask=after)
+        rollout.mask = rollout.mask.cumprod(1) > 0  # nothing behind the hole
         return dataclasses.replace(rollout, **{changed: x[changed]})
 
     with pytest.raises(ValueError, match="`present` without holes, `mask` within it"):
@@ -1799,7 +1799,7 @@ BAD = {  # what is added to the sound command: what the one line says
     "--prompts None": "there is no prompt to train on: expected --prompts FILE",
     "--prompts nowhere.txt": "the prompts nowhere.txt",
     "--prompts rewards.py": "the prompts rewards.py: expected .txt, a prompt a line, or .jsonl",
-    "--prompts bad.jsonl": "the prompts bad.jsonl",
+    "--prompts bad.jsonl": "a row with a prompt a line: line 2: ",
     "--prompts latin.txt": "the prompts latin.txt",
     "--prompts lacks.jsonl": "the prompt {'text': 'a'}: expected a text, or chat messages, under prompt",
     "--prompts void.jsonl": "the prompt {'prompt': ''}: expected a text",
