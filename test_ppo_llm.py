@@ -2588,10 +2588,11 @@ def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------- the folder of a run
 
-# A run with everything that has a state: a critic of its own, an adaptive β, a warm-up, a decaying learning rate.
+# A run with everything that has a state: a critic of its own, an adaptive β, a warm-up, a decaying learning rate. At ten
+# times these rates Adam makes 1e-2 of a rounding error in a few updates.
 STATEFUL = (
     "--device cpu --num-updates 6 --response-length 6 --batch-size 12 "
-    "--num-mini-batches 2 --samples-per-prompt 2 --learning-rate 1e-2 --critic separate --critic-lr 3e-2 "
+    "--num-mini-batches 2 --samples-per-prompt 2 --learning-rate 1e-3 --critic separate --critic-lr 3e-3 "
     "--kl-target 0.1 --kl-horizon 50 --critic-warmup-updates 2 --lr-scheduler-type linear --temperature 0.7 "
 )
 
@@ -2622,9 +2623,9 @@ def outcome(run):
 def assert_alike(run, other):
     """Two runs differ by rounding alone."""
     for row, expected in zip(metrics_of(run), metrics_of(other), strict=True):
-        assert row == pytest.approx(expected, rel=5e-3, abs=5e-3)
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-4)
     policies = [weights_of(AutoModelForCausalLM.from_pretrained(x / "policy")) for x in (run, other)]
-    assert error(*policies) < 5e-3
+    assert error(*policies) < 1e-4
 
 
 STOPS = [(signal.SIGINT, 1, ""), (signal.SIGTERM, 3, ""), (signal.SIGHUP, 3, "--micro-batch-size 1")]
