@@ -2588,8 +2588,8 @@ def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------- the folder of a run
 
-# A run with everything that has a state: a critic of its own, an adaptive β, a warm-up, a decaying learning rate. At ten
-# times these rates Adam makes 1e-2 of a rounding error in a few updates.
+# A run with everything that has a state: a critic of its own, an adaptive β, a warm-up, a decaying learning rate. At
+# ten times these rates Adam makes 1e-2 of a rounding error in a few updates.
 STATEFUL = (
     "--device cpu --num-updates 6 --response-length 6 --batch-size 12 "
     "--num-mini-batches 2 --samples-per-prompt 2 --learning-rate 1e-3 --critic separate --critic-lr 3e-3 "
