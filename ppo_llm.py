@@ -686,7 +686,8 @@ def ppo(
     sample: what takes the place of `sample_replies`, such as an environment or a serving engine. It gives the whole
     rollout, a row for each prompt in their order, with all fields that have no default.
     loss(actor, batch, cfg) -> (loss, stats): what takes the place of `ppo_loss`. It is called for each micro-batch and
-    gives a mean over `batch.mask`; stats are such means too, as tensors of no dimension, among them "policy/approxkl".
+    gives a mean over `batch.mask`; stats are such means too, as tensors of no dimension, in each call the same names in
+    the same order, among them "policy/approxkl".
 
     Raises ValueError for settings that do not fit together, and for a missing reference, wrong scores or wrong masks;
     FloatingPointError for a policy that diverges. Ranges of settings are checked in Part II.
