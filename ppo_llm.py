@@ -17,31 +17,32 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
   1. Generate: the policy π, the model that is trained, writes a reply to each of B prompts (`sample_replies`). A
      `Rollout` holds the replies and all that is computed for them.
   2. Score: a function of yours gives each reply a number, or one for each of its tokens.
-  3. Log-probabilities and values: a value V is what the critic, a second head of the policy, predicts that a reply
-     will still earn. A forward pass of the policy gives both for every token of the replies; a critic that is a model
-     of its own takes a second pass. A frozen copy of the first policy, the reference, gives its own log-probabilities
-     (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is its score less β·KL, the price of leaving the reference. A return, which V
-     predicts, is the sum of the rewards from a token on. An advantage is how much better it went than predicted: by
-     default the return less V, then scaled (`compute_advantages`).
+  3. Log-probabilities and values: before each token, in the state of the prompt and the reply so far, the critic, a
+     second head of the policy, predicts what the reply will still earn: the value V. A forward pass of the policy gives
+     both for every token of the replies; a critic that is a model of its own takes a second pass. A frozen copy of the
+     first policy, the reference, gives its own log-probabilities (`fill_logprobs_and_values`).
+  4. Advantages: the reward of a token is its score less β·KL, the price of leaving the reference; KL is the mean of
+     log π - log π_ref, in nats. A return, which V predicts, is the sum of the rewards from a token on, so a score at
+     the end reaches every token. An advantage is how much better it went than predicted: by default (λ = 1) the return
+     less V. Then all are shifted and scaled (`compute_advantages`).
   5. Update: several epochs of minibatches on the policy loss, PPO's clipped surrogate, and the value loss
-     (`ppo_update`).
+     (`ppo_update`). In its formulas the policy that wrote the replies is the old one, that of now the new one.
   6. Metrics: what happened, as means over replies or over the tokens that were trained on (`rollout_metrics`).
 
 Three choices of this file that the papers below do not have:
 
-- The critic predicts in a unit of its own, the largest standard deviation of the returns so far, and in step 4 its bias
-  is moved so that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need no
-  change whether scores are of size 0.01 or 100, or all near 1000. (kl_coef must follow: its unit is score per nat.)
+- The critic's output is in a unit of its own, the largest standard deviation that returns have had so far, and step 4
+  moves its bias so that its mean error is 0 (`Actor.fit_returns`). So vf_coef, cliprange_value and learning rates need
+  no change whether scores are of size 0.01 or 100, or all near 1000. (kl_coef must follow: its unit is score per nat.)
 - Step 5 ends early when KL(old ‖ new), between the policy that wrote the replies and that of now, passes `target_kl`.
   OpenAI's Spinning Up has such a stop too.
 - All random numbers of an update come from (seed, update), and the order of the prompts from (seed, pass), so that a
   resumed run needs no state of any generator.
 
-Left out on purpose: top-k and top-p. With them a token is not sampled by the probability that the policy gives it.
+Left out on purpose: top-k and top-p. They change the probabilities by which tokens are sampled, so π would be wrong.
 
-Shapes: B replies, P prompt tokens (padded on the left), T reply tokens (padded on the right), V vocabulary (elsewhere V
-is the value); b are the replies of a micro-batch. Everything of the RL part is aligned to the reply, [B, T].
+Shapes: B replies, P prompt tokens (padded on the left), T reply tokens (padded on the right), vocab tokens that the
+model knows; b are the replies of a micro-batch. Everything of the RL part is aligned to the reply, [B, T].
 
 Papers: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2015 (1506.02438); RLHF with a KL penalty,
 Ziegler et al. 2019 (1909.08593); KL estimators, Schulman 2020 (joschu.net/blog/kl-approx.html).
@@ -61,9 +62,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The mathematics: pure functions of tensors. To use one elsewhere, copy it and those that it calls.
+# The mathematics: pure functions of tensors. Each works alone too: copy it and those that it calls.
 #
-# A mask is True on the tokens that the policy wrote. It may have holes: text inside a reply that an environment wrote,
+# A mask is True on the tokens that the policy wrote. It may have holes: parts of a reply that something else wrote,
 # such as the output of a tool. Cells outside the mask may hold anything, even NaN, and change nothing (but for scores:
 # see `token_rewards`): torch.where drops what they hold, where a multiplication by 0 would keep NaN.
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def masked_whiten(
 
 
 def logprobs_from_logits(
-    logits: Tensor,  # [..., V]
+    logits: Tensor,  # [..., vocab]
     tokens: Tensor,  # [...]
 ):  # [...]
     """log π(token) in nats."""
@@ -112,8 +113,8 @@ def logprobs_from_logits(
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def entropy_from_logits(logits: Tensor):  # [..., V] -> [...]
-    """Entropy of the next token, in nats: 0 when it is certain, log of V when V tokens are equally likely."""
+def entropy_from_logits(logits: Tensor):  # [..., vocab] -> [...]
+    """Entropy of the next token, in nats: 0 when it is certain, log of n when n tokens are equally likely."""
     logprobs = logits.log_softmax(-1)
     # Where a logit is -inf, p·log p must be 0, not NaN. Below -1000 p is 0 in any type, so nothing else changes.
     return -(logprobs.exp() * logprobs.clamp(min=-1000)).sum(-1)
@@ -127,7 +128,7 @@ def kl_estimate(
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
-    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: no gradient flows through a reward,
+    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: a reward passes no gradient on,
     and only for k1 is the gradient that is lost 0 on average. KeyError for any other kind.
     """
     d = logprobs - ref_logprobs
@@ -137,8 +138,8 @@ def kl_estimate(
 def adaptive_kl_coef(kl_coef, kl, target, horizon, episodes):
     """The next β of the proportional controller of Ziegler et al. 2019, section 2.2: up when KL is above its target.
 
-    kl and target are in nats per reply. The relative error is clipped to ±0.2, so that `horizon` episodes (replies)
-    spent far from the target change β by about a fifth. One call changes it by a fifth at most.
+    kl and target are in nats per reply. The relative error is clipped to ±0.2: while KL is that far off,
+    `horizon` episodes (replies) change β by about a fifth. One call changes it by a fifth at most.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * min(1, episodes / horizon))
@@ -152,12 +153,12 @@ def token_rewards(
 ):  # [B, T]
     """Reward of each token: its score less β·KL_t (Ziegler et al. 2019, eq. 2).
 
-    A number for the whole reply belongs to its last token. A number for a token that the policy did not write, such as
-    the output of a tool, belongs to the last one that it wrote before, which earned it; where there is none it is lost.
+    A number for the whole reply belongs to its last token. A number at a token that the policy did not write, such as
+    the output of a tool, goes back to the last token that it did write, which earned it; if there is none, it is lost.
     """
     T = mask.shape[1]
     if scores.ndim == 1:
-        scores = F.pad(scores.unsqueeze(1), (T - 1, 0))  # in the last column; below it moves to the last written token
+        scores = F.pad(scores.unsqueeze(1), (T - 1, 0))  # in the last column, from where it goes back too
     # [B, T], for each column the number, from 1 on, of the last written token up to it, 0 if there is none: the mask
     # 0 1 1 0 0 1 gives 0 2 3 3 3 6. What nobody earned is added up in a column 0, which is cut off.
     earner = torch.where(mask, torch.arange(1, T + 1, device=mask.device), 0).cummax(1).values
@@ -180,8 +181,9 @@ def gae(
 
     values[:, t] is V of the state before token t: of the prompt and the reply so far. After the last token V is 0, even
     if the reply was cut off at length T. With λ = 1 a return is the sum of the rewards from its token on, discounted
-    by γ. Below 1 the values of the next tokens take the place of a part of the later rewards: there is less noise, but
-    the critic's errors enter. Time runs over the tokens of the mask, not in a hole. Elsewhere both results are 0.
+    by γ. With λ < 1 the values of the next tokens take the place of a part of the later rewards: there is less noise,
+    but the critic's errors enter. A hole takes no time: after the token before it comes the one behind it. Outside the
+    mask both results are 0.
     """
     next_advantage = next_value = 0.0
     advantages = torch.zeros_like(values)
@@ -205,7 +207,8 @@ def policy_loss(
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
     A is the advantage: a token that went better than predicted, A > 0, is made likelier, one that went worse less
-    likely. Subtracting V does not change the average gradient, only its noise. One batch is used for several steps,
+    likely. At ρ = 1 the gradient of ρA is A·∇log π, and its mean over samples that of the expected reward: the policy
+    gradient. That A has V subtracted does not change this mean, only its noise. One batch is used for several steps,
     after the first of which the policy is no longer the one that sampled it: ρ corrects for that, and with the clip
     nothing is gained by moving ρ further than ε from 1. A token whose ρ has left [1-ε, 1+ε] in the direction that A
     asks for has no gradient any more; one that has left it in the other direction keeps its gradient.
@@ -273,7 +276,7 @@ class PPOConfig:
     kl_coef: NotNegative = 0.05  # β, weight of the KL to the first policy, score units per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = d, k2 = d²/2, k3 = e^-d - 1 + d, d = log π - log π_ref
     kl_target: Positive | None = None  # KL to the first policy, nats per reply, for an adaptive β; None: β is fixed
-    kl_horizon: Positive = 10000.0  # replies over which the adaptive β moves by about a fifth
+    kl_horizon: Positive = 10000.0  # replies in which an adaptive β moves by a fifth, while KL is far off
 
     # Advantages.
     gamma: Share = 1.0  # γ, discount per token
@@ -283,7 +286,7 @@ class PPOConfig:
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
     num_mini_batches: Count = 4  # optimizer steps per pass
-    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits: up to 6·b·T·V·4 bytes, V: vocabulary
+    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits: up to 6·b·T·vocabulary·4 bytes
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # of each learning rate, after the warm-up
     warmup_updates: Whole = 0  # first updates of the run, in which learning rates rise linearly
     max_grad_norm: Positive = 1.0  # gradient clipping
@@ -291,7 +294,7 @@ class PPOConfig:
     cliprange_high: Positive | None = None  # upper ε (clip-higher, DAPO); None: the same ε
     cliprange_value: Positive | None = None  # ε of the value clip, in units of the critic; None: off
     vf_coef: NotNegative = 0.3  # c1, weight of the value loss
-    ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus, against settling too early; 0: not computed
+    ent_coef: NotNegative = 0.0  # c2, weight of the entropy bonus, which keeps replies varied; 0: not computed
     target_kl: Positive | None = 1.0  # not kl_target: KL(old ‖ new), nats per token, that ends an update; None: off
     critic_warmup_updates: Whole = 0  # first updates, of the critic alone: its head, and its own model if any
 
@@ -312,7 +315,8 @@ class Rollout:
     """The replies of one update and all that is computed for them, on the CPU. What is None is filled in step by step.
 
     Queries and responses are prompts and replies, by TRL's names. Rewards, values and returns are in units of the
-    score, advantages in the critic's unit (`Actor.unit`) or, by default, whitened.
+    score, advantages in the critic's unit (`Actor.unit`) or, by default, whitened. A state is the prompt and the reply
+    up to a token.
     """
     queries: Tensor  # [B, P] int, prompt tokens, padded on the left
     query_mask: Tensor  # [B, P] bool, False on that padding
@@ -347,8 +351,8 @@ class Rollout:
 # Every process holds the whole rollout and computes some rows of it, with 0 in the others: their sum is the whole. With
 # one process the next two functions change nothing. With several, the group must take tensors of CPU and GPU
 # ("cpu:gloo,cuda:nccl"). Part I does not exchange gradients: what spreads the model over the processes must add them
-# up, not average them. And as each decodes until its own replies have ended, a forward pass there must not wait for the
-# others. In Part II that is FSDP2, with reshard_after_forward=False.
+# up, not average them. Each process decodes until its own replies have ended, so a forward pass there must not wait for
+# the others. In Part II that is FSDP2, with reshard_after_forward=False.
 
 
 def world():
@@ -386,21 +390,22 @@ class Head(nn.Linear):
 
 
 class Actor(nn.Module):
-    """A causal language model of transformers as the policy, and a critic: a linear head on hidden states. The
+    """A causal language model of transformers as the policy, and with it a critic: a linear head on hidden states. The
     reference is an Actor too; its values are not used.
 
     lm: the model, which is trained in place, and whose output head becomes a `Head`; adapters of peft may sit on its
     layers, not on the head.
-    dtype: of matrix products but the head's (autocast). With float32, the default, autocast is off, and they are of the
-    weights' type. Not float16, whose gradients would need a scale. Weights that are trained must be float32 or wider,
-    or ValueError.
+    dtype: of all matrix products but those of the two heads (autocast). float32, the default, is no autocast: they are
+    of the weights' type. Not float16, whose gradients would need a scale. Weights that are trained must be float32 or
+    wider, or ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
     """
 
     def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32, critic: nn.Module | None = None):
         super().__init__()
         self.dtype = dtype
-        # No dropout, else the first ratio is not 1. In eval mode transformers' own gradient checkpointing does nothing.
+        # No dropout, else the first ratio of new to old is not 1. In eval mode transformers' own gradient checkpointing
+        # does nothing.
         self.lm = lm.eval()
         self.critic = None if critic is None else critic.base_model.eval()
         for name, weight in self.named_parameters():
@@ -422,15 +427,15 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def fit_returns(self, spread: float, shift: float):
-        """If `spread`, the standard deviation of the sampled returns or 0 where they are equal, is the first or the
-        largest so far, make it the critic's unit, without a change of any V. Then add `shift`, the mean of return - V,
-        to every V.
+        """`spread` is the standard deviation of the sampled returns, 0 where they are equal. If it is the largest so
+        far, it becomes the critic's unit, and the head is rescaled so that no V changes. Then `shift`, the mean of
+        return - V, is added to every V.
 
         After PopArt, arXiv 1809.04474. Errors of the critic then have mean 0 and a size of about 1, whatever the scores
         are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the
-        weights that critic and policy share. Once known, the unit never shrinks: a policy that has learned gives almost
-        equal returns, and a small change of them must not become a huge error. So an outlier makes it too large for
-        good: clip scores that may have outliers.
+        weights that critic and policy share. The unit never shrinks: a policy that has learned gives almost equal
+        returns, and small differences of them must not become huge errors. So one outlier makes it too large for the
+        rest of the run: clip scores that may have outliers.
         """
         before = float(self.unit)
         self.spread.clamp_(min=spread)
@@ -443,7 +448,8 @@ class Actor(nn.Module):
         return torch.autocast(self.lm.device.type, self.dtype, self.dtype != torch.float32)
 
     def run(self, model, ids, attention, **options):
-        """The model's own output. ids [b, L]; attention [b, cached + L], False on padding."""
+        """The model's own output. ids [b, L], those after what is cached; attention [b, cached + L], False on padding.
+        """
         attention = attention.long()
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding on the left shifts none
         with self.autocast():
@@ -485,7 +491,7 @@ def left_pad(sequences):  # -> [B, P], [B, P]
 
 
 def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg: PPOConfig) -> Rollout:
-    """A rollout with a reply to each prompt, sampled from the whole distribution; its fields with a default stay None.
+    """A rollout with a reply to each prompt, sampled without top-k or top-p. Fields that have a default stay None.
 
     One random number per token is drawn for all replies beforehand: so, up to rounding, a reply depends neither on its
     neighbours nor on the device. Eight micro-batches are decoded together, as no activations are kept.
@@ -526,7 +532,7 @@ def decode(
     with actor.autocast():  # around the whole loop: the copies that it casts weights to are kept until it ends
         for t, draw in enumerate(uniform.split(1, 1)):  # draw [b, 1]
             output = actor.run(actor.lm, ids, attention, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = output.logits[:, -1] / temperature  # [b, V]
+            logits = output.logits[:, -1] / temperature  # [b, vocab]
             cumulative = logits.softmax(-1, dtype=wide).cumsum(-1)
             # The last token has all that remains: rounding may leave the sum of all below 1.
             ids = (cumulative[:, :-1] <= draw).sum(1, keepdim=True)  # [b, 1]
@@ -576,7 +582,7 @@ def compute_advantages(
     actor.fit_returns(float(spread) if spread >= rounding else 0.0, float(shift))
     rollout.values += shift  # as `fit_returns` has just done to what the actor says
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
-    advantages[advantages.abs() < rounding] = 0  # noise around 0, which masked_whiten would blow up
+    advantages[advantages.abs() < rounding] = 0  # noise around 0: against their own mean size it looks large
     rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages / float(actor.unit)
 
 
@@ -610,8 +616,9 @@ def ppo_update(
     """PPO, algorithm 1: several epochs of shuffled minibatches, an optimizer step each. Returns means over the steps.
 
     Each trained token of a step has the same weight, however the step is cut into micro-batches. Statistics are of the
-    policy before the step. A step that finds the policy beyond target_kl is not taken and ends the update; it counts in
-    the means. FloatingPointError for a step whose loss or gradient is NaN or infinite, which is not taken either.
+    policy before the step. A step before which KL(old ‖ new) is above target_kl is not taken and ends the update; it
+    counts in the means. FloatingPointError for a step whose loss or gradient is NaN or infinite, which is not taken
+    either.
     """
     minibatches = [
         indices
@@ -621,7 +628,7 @@ def ppo_update(
     steps, taken = [], 0
     for minibatch in minibatches:
         optimizer.zero_grad()
-        actor.zero_grad()  # of parameters that the optimizer lacks: their gradients count in the norm, must not add up
+        actor.zero_grad()  # also of parameters that the optimizer lacks, whose gradients count in the norm
         tokens = max(1, int(rollout.mask[minibatch].sum()))
         sums = 0.0
         for rows, batch in micro_batches(rollout, minibatch, cfg.micro_batch_size, actor.lm.device):
@@ -629,7 +636,7 @@ def ppo_update(
             mean, stats = loss(actor, batch, cfg)
             (share * mean).backward()  # summed over micro-batches and processes: the gradient of the mean of the step
             sums += share * torch.stack([*stats.values()]).detach()
-        step = dict(zip(stats, all_sum(sums).tolist()))
+        step = dict(zip(stats, all_sum(sums).tolist()))  # every micro-batch has the same names
         if critic_only:  # the policy does not move: the optimizer skips parameters without a gradient
             actor.lm.zero_grad()
         norm = nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm)
@@ -641,7 +648,7 @@ def ppo_update(
             break
         optimizer.step()
         taken += 1
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # they would take memory while the next replies are sampled
     return {name: fmean(step[name] for step in steps) for name in steps[0]} | {"policy/steps": taken}
 
 
@@ -673,7 +680,7 @@ def ppo(
     four samples: (prompt, token ids of the reply, score, KL in nats or NaN without a reference). A generator: it trains
     while it is iterated.
 
-    ref: the frozen first policy; None, where kl_coef is 0, saves the memory of it and leaves the KL out of the metrics.
+    ref: the frozen first policy. None is allowed where kl_coef is 0: it saves memory, and the metrics have no KL.
     optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
     score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are floats in a
     tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
@@ -681,11 +688,11 @@ def ppo(
     must give the same in all.
     stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
-    During an update it still counts those before it, 0 in the first: `score`, `sample` and `loss` may read it, for a
-    coefficient that changes.
-    sample: what takes the place of `sample_replies`, such as an environment or a serving engine. It gives the whole
+    progress.update counts finished updates, so it is 0 during the first: `score`, `sample` and `loss` may read it, for
+    a coefficient that changes. progress.kl_coef is the β of now.
+    sample: a function in place of `sample_replies`, such as an environment or a serving engine. It gives the whole
     rollout, a row for each prompt in their order, with all fields that have no default.
-    loss(actor, batch, cfg) -> (loss, stats): what takes the place of `ppo_loss`. It is called for each micro-batch and
+    loss(actor, batch, cfg) -> (loss, stats): a function in place of `ppo_loss`. It is called for each micro-batch and
     gives a mean over `batch.mask`; stats are such means too, as tensors of no dimension, in each call the same names in
     the same order, among them "policy/approxkl".
 
@@ -704,10 +711,13 @@ def ppo(
         # 1. Generate a reply to each prompt.
         drawn = draw_prompts(prompts, update, cfg)
         rollout = sample(actor, drawn, stop_ids, cfg)
-        present = rollout.present
-        has_holes = (present > present.cumprod(1)).any()
-        if has_holes or (rollout.mask > present).any() or not rollout.query_mask[:, -1].all():
-            raise ValueError("sample: expected `queries` padded on the left, `present` without holes, `mask` within it")
+        present, query_mask = rollout.present, rollout.query_mask
+        # cumprod: 1 up to the first 0. A prompt is padded on the left, so its mask is read backwards.
+        has_holes = any((mask > mask.cumprod(1)).any() for mask in (present, query_mask.flip(1)))
+        if has_holes or (rollout.mask > present).any() or not query_mask[:, -1].all():
+            raise ValueError(
+                "sample: expected `queries` not empty and padded on the left, `present` without holes, `mask` within it"
+            )
         clock.append(time.perf_counter())
 
         # 2. Score the replies.
@@ -742,13 +752,13 @@ def ppo(
             "kl_coef": progress.kl_coef,
             **own_metrics,
             **stats,
-            **rollout_metrics(rollout, reply_scores),  # after yours, none of which may replace the KL
+            **rollout_metrics(rollout, reply_scores),  # after yours, none of which may replace these
         }
         # "reward" is step 2, "evaluate" steps 3 and 4.
         for phase, start, end in zip(("generate", "reward", "evaluate", "update"), clock, clock[1:]):
             metrics[f"time/{phase}"] = end - start
         progress.update = update
-        if cfg.kl_target is not None and not critic_only:  # in the critic's warm-up KL is 0
+        if cfg.kl_target is not None and not critic_only:  # while the critic warms up, the policy does not move
             progress.kl_coef = adaptive_kl_coef(
                 progress.kl_coef, metrics["objective/kl"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
             )
@@ -756,7 +766,7 @@ def ppo(
 
 
 def check(cfg: PPOConfig):
-    """ValueError for settings that do not fit together."""
+    """ValueError for settings that do not fit together. A process gets whole prompts, with all the replies to them."""
     if cfg.kl_target and not cfg.kl_coef:
         raise ValueError("kl_target: expected with it a kl_coef above 0")
     parts = world()[1] * math.lcm(cfg.num_mini_batches, cfg.samples_per_prompt)
@@ -781,7 +791,7 @@ def schedule(update, cfg: PPOConfig):
 
 
 def draw_prompts(prompts, update, cfg: PPOConfig):
-    """The prompts of an update, each samples_per_prompt times, from a stream: pass after pass, each in a new order."""
+    """The prompts of an update, each samples_per_prompt times, from endless passes over them, each in a new order."""
     count = cfg.batch_size // cfg.samples_per_prompt
     nth_pass, first = divmod((update - 1) * count, len(prompts))
     stream = []
@@ -800,7 +810,7 @@ def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
     What is not known is left out: the KL if there is no reference, the explained variance (1: V is right, 0: no better
-    than a constant) if all returns are equal. It is about the sampled returns: with λ < 1 `returns` hold V themselves.
+    than a constant) if all returns are equal. That is of the sampled returns: with λ < 1 `returns` hold V themselves.
     """
     mask = rollout.mask
     returns = rollout.sampled_returns[mask].double()  # [N] trained tokens; in float32 equal numbers may have a variance

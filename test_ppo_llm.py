@@ -1273,7 +1273,7 @@ def learner(cfg):
 
 def updates(actor, optimizer, progress, cfg, score=fours, with_ref=True, **seams):
     """The loop on seven prompts, with another model as the reference."""
-    prompts = [Prompt([i, 1]) for i in range(7)]
+    prompts = [Prompt([i, 1, 2]) for i in range(7)]
     ref = tiny_actor(seed=1) if with_ref else None
     return P.ppo(actor, ref, optimizer, prompts, score, [STOP], cfg, progress, **seams)
 
@@ -1411,17 +1411,23 @@ def test_scores_that_cannot_train_are_refused(scores):
         trained(settings_of(), lambda prompts, replies: (scores, {}))
 
 
-@pytest.mark.parametrize("changed", ["mask", "present", "query_mask"])
-def test_a_mask_beyond_the_reply_is_refused_and_a_hole_in_it_and_padding_after_the_prompt(changed):
-    """Of the last two `select` would lose tokens."""
+@pytest.mark.parametrize(
+    "changed, wrong",
+    [
+        ("mask", lambda rollout: rollout.mask + True),
+        ("present", lambda rollout: rollout.mask),
+        ("query_mask", lambda rollout: rollout.query_mask.cumsum(1) < 2),
+        ("query_mask", lambda rollout: rollout.query_mask.cumsum(1) != 2),
+    ],
+)
+def test_a_mask_beyond_the_reply_is_refused_and_a_hole_in_it_and_padding_in_or_after_the_prompt(changed, wrong):
+    """Of the last three `select` would lose tokens."""
 
     def sample(*arguments):
         rollout = with_hole(P.sample_replies(*arguments))
-        beyond = rollout.mask + True
-        after = rollout.query_mask.cumsum(1) < 2
-        x = dict(mask=beyond, present=rollout.mask, query_mask=after)
+        changes = {changed: wrong(rollout)}
         rollout.mask = rollout.mask.cumprod(1) > 0  # nothing behind the hole
-        return dataclasses.replace(rollout, **{changed: x[changed]})
+        return dataclasses.replace(rollout, **changes)
 
     with pytest.raises(ValueError, match="`present` without holes, `mask` within it"):
         trained(settings_of(), sample=sample)
@@ -3430,8 +3436,8 @@ MUSEUM = {
     ),
     "early stop after the backward pass, its gradients left for the next step (minRLHF)": (
         "ppo_update",
-        "    optimizer.zero_grad()\n    return",
-        "    return",
+        "optimizer.zero_grad()  # they",
+        "pass  # they",
         test_target_kl_stops_before_the_step_and_leaves_no_gradient_behind,
     ),
     "max_grad_norm never read (TRL)": (
