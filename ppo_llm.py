@@ -335,7 +335,7 @@ class Rollout:
 
     def replies(self):
         """The tokens of each reply, without padding."""
-        return [response[present].tolist() for response, present in zip(self.responses, self.present)]
+        return [response[:n].tolist() for response, n in zip(self.responses, self.present.sum(1))]
 
     def select(self, index: Tensor, device="cpu"):
         """The replies `index` on the device, trimmed to the longest prompt and the longest reply among them."""
@@ -548,7 +548,7 @@ def decode(
 def fill_logprobs_and_values(actor: Actor, ref: Actor | None, rollout: Rollout, cfg: PPOConfig):
     """Fill in the outputs of policy, critic and reference for every trained token, by the forward that training uses.
 
-    FloatingPointError if one of them is NaN or infinite.
+    FloatingPointError if one of them, or of the sampler's, is NaN or infinite.
     """
     B, T = rollout.mask.shape
     filled = torch.zeros(4, B, T, dtype=actor.real)
@@ -557,7 +557,8 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor | None, rollout: Rollout, 
         outputs.append(ref(batch, cfg.temperature, with_entropy=False)[0] if ref else math.nan * outputs[0])
         filled[:, rows, : batch.mask.shape[1]] = torch.stack(outputs).cpu()
     filled = torch.where(rollout.mask, all_sum(filled), 0.0)
-    if not filled[: 4 if ref else 3].isfinite().all():  # the fourth is the reference's
+    sums = filled[: 4 if ref else 3] + rollout.sampler_logprobs  # the fourth is the reference's
+    if not sums[:, rollout.mask].isfinite().all():
         raise FloatingPointError("probabilities or values are NaN or infinite; in training, lower the learning rate")
     rollout.logprobs, rollout.entropy, rollout.values, rollout.ref_logprobs = filled
 
@@ -680,7 +681,8 @@ def ppo(
     four samples: (prompt, token ids of the reply, score, KL in nats or NaN without a reference). A generator: it trains
     while it is iterated.
 
-    ref: the frozen first policy. None is allowed where kl_coef is 0: it saves memory, and the metrics have no KL.
+    ref: the frozen first policy, with weights of its own. None is allowed where kl_coef is 0: it saves memory, and the
+    metrics have no KL.
     optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
     score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are floats in a
     tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
@@ -714,9 +716,11 @@ def ppo(
         present, query_mask = rollout.present, rollout.query_mask
         # cumprod: 1 up to the first 0. A prompt is padded on the left, so its mask is read backwards.
         has_holes = any((mask > mask.cumprod(1)).any() for mask in (present, query_mask.flip(1)))
-        if has_holes or (rollout.mask > present).any() or not query_mask[:, -1].all():
+        is_empty = not query_mask[:, -1].all()
+        if len(present) != len(drawn) or has_holes or is_empty or (rollout.mask > present).any():
             raise ValueError(
-                "sample: expected `queries` not empty and padded on the left, `present` without holes, `mask` within it"
+                "sample: expected a row for each prompt, `queries` not empty and padded on the left, `present` without "
+                "holes, `mask` within it"
             )
         clock.append(time.perf_counter())
 
@@ -913,7 +917,7 @@ class RunConfig:
     output_dir: str | None = None  # new folder of the run; None: runs/TIME-PROCESS
     save_every: Count | None = None  # updates between checkpoints; None: at the end, on Ctrl-C, on errors but NaN
     eval_every: Count | None = None  # updates between held-out evaluations with samples; None: only first and last
-    resume: str | None = None  # folder of a run to go on with, under its own settings; None: a new run
+    resume: str | Path | None = None  # folder of a run to go on with, under its own settings; None: a new run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: the accelerator that torch reports, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA that has it
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, one forward more
@@ -990,7 +994,7 @@ def encode(tokenizer, rows, vocabulary, room):
         if len(ids) <= room:
             prompts.append(Prompt(ids, row))
     if rows and not prompts:
-        raise ValueError(f"all {len(rows)} prompts have more than the {room} tokens that --response-length leaves")
+        raise ValueError(f"all {len(rows)} prompts have more than the {room} tokens that --response-length leaves them")
     if len(prompts) < len(rows):
         print(f"Dropped {len(rows) - len(prompts)} of {len(rows)} prompts, of more than {room} tokens")
     return prompts
@@ -1064,13 +1068,12 @@ def ask(reward: Callable, columns: dict):
     After an error it is asked for each reply alone, so that the error names the first reply that it comes for.
     """
     prompts = columns["prompts"]
-    completions = columns["completions"]
     try:
         answers = reward(**copy.deepcopy(columns))
         if inspect.isawaitable(answers):
             answers = EVENT_LOOP.run(answers)
         scores = []
-        with about(f"expected a list, an answer to each of {len(prompts)} replies"):
+        with about(f"expected a list, an answer to each of {len(prompts)} replies, got {answers!r:.300}"):
             pairs = [*zip(answers[:], columns["completion_ids"], strict=True)]  # neither a dict nor a set
         for answer, ids in pairs:
             x = torch.as_tensor(math.nan if answer is None else answer, dtype=torch.float32).detach()
@@ -1082,7 +1085,7 @@ def ask(reward: Callable, columns: dict):
         return scores
     except Exception as e:
         if len(prompts) == 1:
-            e.add_note(f"the prompt {prompts[0]!r:.300} with the reply {completions[0]!r:.300}")
+            e.add_note(f"the prompt {prompts[0]!r:.300} with the reply {columns['completions'][0]!r:.300}")
         else:
             for i in range(len(prompts)):
                 ask(reward, {key: x[i : i + 1] for key, x in columns.items()})
@@ -1144,7 +1147,8 @@ class Task:
         scores[range(B), [len(reply) - 1 for reply in replies]] = self.cfg.missing_eos_penalty * (ended - 1)
         said = {"reply/ended": ended}
         rank, count = world()
-        share = slice(rank * B // count, (rank + 1) * B // count)
+        n = B // count
+        share = slice(rank * n, rank * n + n)
         prompts = prompts[share]
         replies = replies[share]
         columns = {key: [prompt.row.get(key) for prompt in prompts] for key in self.columns}
@@ -1163,7 +1167,7 @@ class Task:
             )
         heard = torch.zeros(B)
         for reward, weight in self.rewards:
-            part = torch.zeros(scores.shape)
+            part = torch.zeros_like(scores)
             name = f"rewards/{getattr(reward, '__name__', type(reward).__name__)}"
             with foreign(f"{name}, f(prompts, completions, **columns) -> for each reply a number or a list"):
                 for i, x in enumerate(ask(reward, columns), share.start):
@@ -1248,10 +1252,16 @@ def make_optimizer(cfg: Config, actor: Actor):
     """AdamW with two groups: the policy, and what only the critic uses."""
     own = [p for name, p in actor.named_parameters() if not name.startswith("lm.")]
     # From initial_lr `ppo` makes the rate of each update, so lr need not be given.
-    policy = {"params": actor.lm.parameters(), "initial_lr": cfg.learning_rate}
-    critic = {"params": own, "initial_lr": cfg.critic_lr or cfg.learning_rate}
-    # eps as in openai/baselines. Gradients of its size halve a step, as those of 8 B weights, once clipped to norm 1.
-    return torch.optim.AdamW([policy, critic], eps=1e-5, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(
+        [
+            {"params": actor.lm.parameters(), "initial_lr": cfg.learning_rate},
+            {"params": own, "initial_lr": cfg.critic_lr or cfg.learning_rate}
+        ],
+        # As in openai/baselines. Gradients of this size halve a step, as those of 8 B weights, once clipped to norm 1.
+        eps=1e-5,
+        weight_decay=0.0,
+        fused=True
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1311,14 +1321,21 @@ def save_policy(task: Task, weights, folder):
 def save(task: Task):
     """Write run/policy and run/checkpoint.pt, which a resume needs. A kill at any moment leaves a whole checkpoint."""
     weights, moments = dcp.get_state_dict(task.actor, task.optimizer, options=WHOLE)
-    if world()[0] > 0:
+    if world()[0]:
         return
     folder = task.run / "unfinished"
     file = task.run / "unfinished.pt"
     shutil.rmtree(folder, ignore_errors=True)
     save_policy(task, weights, folder)
-    logs = {name: (task.run / name).stat().st_size for name in LOGS}
-    torch.save({"progress": vars(task.progress), "logs": logs, "actor": weights, "optimizer": moments}, file)
+    torch.save(
+        {
+            "progress": vars(task.progress),
+            "logs": {name: (task.run / name).stat().st_size for name in LOGS},
+            "actor": weights,
+            "optimizer": moments,
+        },
+        file
+    )
     shutil.rmtree(task.run / "policy", ignore_errors=True)
     folder.rename(task.run / "policy")
     file.replace(task.run / "checkpoint.pt")
@@ -1374,7 +1391,7 @@ def resume(task: Task, initial: dict):
             sizes = saved["logs"]
     if task.progress.update >= task.cfg.num_updates:
         raise ValueError(f"{task.run} is complete: to go on, give a larger --num-updates")
-    if world()[0] == 0:  # which holds the lock
+    if not world()[0]:  # which holds the lock
         for name, size in sizes.items():
             with open(task.run / name, "a") as f:
                 f.truncate(min(size, f.tell()))  # the rest of a log may have been taken away
@@ -1389,8 +1406,9 @@ def rehearse(task: Task):
     """Go the whole way once before anything is written, with the shortest prompt beside the longest: sample replies of
     full length, ask every reward, take two steps at a learning rate of 0, save the policy and load it again.
 
-    A reply must have the same probability alone, beside longer ones, and decoded with a cache. It has not where a model
-    cannot be padded, or has rotary factors that change with the length.
+    A reply must have the same probability when the model is called with it alone, beside longer ones, and decoded with
+    a cache. It has not where a model cannot be padded, counts positions from another number than 0, or has rotary
+    factors that change with the length.
     """
     cfg = task.cfg
     actor = task.actor
@@ -1402,14 +1420,16 @@ def rehearse(task: Task):
     rollout = sample_replies(actor, prompts, [], cfg)
     fill_logprobs_and_values(actor, task.ref, rollout, cfg)
     task.judge(prompts, rollout.replies())
-    rollout.present[0, 8:] = rollout.mask[0, 8:] = False
-    with torch.no_grad():
-        alone = actor(rollout.select(torch.tensor([0]), actor.lm.device), cfg.temperature)[0].cpu()
-    # The mean of a reply: in bfloat16 a single token may differ much, as where a router rounds to another expert.
-    tolerance = 0.02 if actor.dtype == torch.float32 else 0.25
+    start = prompts[0].ids
+    ids = torch.tensor([start + rollout.replies()[0][:8]], device=actor.lm.device)
+    with torch.no_grad():  # as the model is called by others: with positions of its own
+        alone = actor.lm(ids).logits[:, len(start) - 1 : -1] / cfg.temperature
+    alone = logprobs_from_logits(alone, ids[:, len(start) :]).cpu()
     beside = rollout.logprobs
-    gap = max(F.l1_loss(alone, beside[:1, :8]), (rollout.sampler_logprobs - beside).abs().mean(1).max())
-    if not gap <= tolerance * beside.std() + 1e-3:
+    # A sum, as `max` may lose a NaN. Means over a reply: in bfloat16 a single token may differ much, as where a router
+    # rounds to another expert.
+    gap = F.l1_loss(alone, beside[:1, :8]) + (rollout.sampler_logprobs - beside).abs().mean(1).max()
+    if not gap <= (0.02 if actor.dtype == torch.float32 else 0.25) * beside.std() + 1e-3:
         raise ValueError("this model cannot be trained here: a reply is another when padded or cached")
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
     # Two steps: AdamW makes its moments at the end of the first, so only the second needs the memory of training.
@@ -1417,11 +1437,11 @@ def rehearse(task: Task):
     if ppo_update(actor, optimizer, rollout, twice)["grad_norm"] == 0:
         raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
     weights = dcp.get_model_state_dict(actor, options=WHOLE)
-    if world()[0] == 0:
+    if not world()[0]:
         with tempfile.TemporaryDirectory() as path, about(f"{path}: the policy must load as it is, without adapters"):
             own = save_policy(task, weights, path)
             again = load("ModelForCausalLM", path).state_dict()
-            if not all(name in again and x.equal(again[name]) for name, x in own.items()):
+            if not all(x.equal(again[name]) for name, x in own.items()):
                 raise ValueError("it has other weights")
 
 
@@ -1496,7 +1516,7 @@ def prepare(
     )
     with about(f"in the rehearsal of {type(model).__name__}"):
         rehearse(task)
-    if world()[0] == 0:
+    if not world()[0]:
         with about(f"{run}: expected a new folder, or with --resume one in which no other run writes"):
             if not cfg.resume:
                 run.mkdir(parents=True)
@@ -1544,7 +1564,8 @@ def evaluate_held_out(task: Task):
 def finish_on_signal(go_on):
     """Yields a list. The first Ctrl-C, SIGTERM or SIGHUP is appended to it, to end after this update; a second ends at
     once. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
-    asked, owner = [], os.getpid()
+    asked = []
+    owner = os.getpid()
 
     def ask_to_end(number, frame):
         if os.getpid() != owner:  # a process that a reward has forked
@@ -1634,7 +1655,7 @@ def run_task(task: Task):
             # Of several processes the others may be gone. A policy that diverges does not replace an older one.
             if progress.update and world()[1] == 1 and not isinstance(e, FloatingPointError):
                 save(task)
-                e.add_note(f"(saved after update {progress.update} and any steps since, {go_on})")
+                e.add_note(f"(saved after update {progress.update}, with any steps of the next one; {go_on})")
             raise
     print(f"Load the policy: AutoModelForCausalLM.from_pretrained('{run}/policy')")
     return run

