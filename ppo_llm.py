@@ -333,6 +333,17 @@ class Rollout:
     advantages: Tensor = None  # [B, T]
     returns: Tensor = None  # [B, T] what the critic is trained to predict, A + V: at λ = 1 the sampled returns
 
+    def check(self, n):
+        """ValueError if these are not n replies as above: some would get a wrong prompt, or `select` cut off tokens."""
+        # cumprod is 1 up to the first 0. A prompt is padded on the left, so its mask is read backwards.
+        has_holes = any((mask > mask.cumprod(1)).any() for mask in (self.present, self.query_mask.flip(1)))
+        is_empty = not self.query_mask[:, -1].all()
+        if len(self.mask) != n or has_holes or is_empty or (self.mask > self.present).any():
+            raise ValueError(
+                "sample: expected a row for each prompt, `queries` not empty and padded on the left, `present` without "
+                "holes, `mask` within it"
+            )
+
     def replies(self):
         """The tokens of each reply, without padding."""
         return [response[:n].tolist() for response, n in zip(self.responses, self.present.sum(1))]
@@ -713,15 +724,7 @@ def ppo(
         # 1. Generate a reply to each prompt.
         drawn = draw_prompts(prompts, update, cfg)
         rollout = sample(actor, drawn, stop_ids, cfg)
-        present, query_mask = rollout.present, rollout.query_mask
-        # cumprod: 1 up to the first 0. A prompt is padded on the left, so its mask is read backwards.
-        has_holes = any((mask > mask.cumprod(1)).any() for mask in (present, query_mask.flip(1)))
-        is_empty = not query_mask[:, -1].all()
-        if len(present) != len(drawn) or has_holes or is_empty or (rollout.mask > present).any():
-            raise ValueError(
-                "sample: expected a row for each prompt, `queries` not empty and padded on the left, `present` without "
-                "holes, `mask` within it"
-            )
+        rollout.check(len(drawn))
         clock.append(time.perf_counter())
 
         # 2. Score the replies.
