@@ -1347,11 +1347,12 @@ def save(task: Task):
 def fingerprint(model, prompts):
     """What must be the same on a resume, besides the settings: another model must not become the reference unseen. The
     file of a reward need not: what is wrong in it may be mended."""
-    weights = [
-        hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy()).digest() for x in model.state_dict().values()
-    ]
-    # Not their tokens: a chat template may write the date.
-    parts = {"the model": weights, "the prompts": [prompt.row for prompt in prompts]}
+    parts = {
+        "the model": [
+            hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy()).digest() for x in model.state_dict().values()
+        ],
+        "the prompts": [prompt.row for prompt in prompts]  # not their tokens: a chat template may write the date
+    }
     return {name: hashlib.sha256(repr(x).encode()).hexdigest() for name, x in parts.items()}
 
 
@@ -1437,7 +1438,7 @@ def rehearse(task: Task):
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
     # Two steps: AdamW makes its moments at the end of the first, so only the second needs the memory of training.
     twice = dataclasses.replace(cfg, num_ppo_epochs=2, num_mini_batches=1, vf_coef=0.0)
-    if ppo_update(actor, optimizer, rollout, twice)["grad_norm"] == 0:
+    if not ppo_update(actor, optimizer, rollout, twice)["grad_norm"]:
         raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
     weights = dcp.get_model_state_dict(actor, options=WHOLE)
     if not world()[0]:
@@ -1464,6 +1465,12 @@ def prepare(
     logging.disable_progress_bar()
     start_processes()
     check(cfg)
+    place = [cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(place)  # the folder of the first process is that of all
+    run = Path(place[0]).expanduser()
+    if run.exists() and not cfg.resume:
+        raise ValueError(f"--output-dir {run}: it exists; expected a new folder, or --resume")
     device, dtype = pick_device(cfg)
     seed_everything(cfg.seed)
     rewards = [reward] if callable(reward) else list(reward or map(load_reward, cfg.reward))
@@ -1498,8 +1505,10 @@ def prepare(
         actor, ref = make_actors(cfg, model, device, dtype)
     # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. The value head's do
     # not, as `fit_returns` writes into them.
-    for part, reshard in ((ref.lm, True), (actor.lm, False), (actor.critic, False), (actor.value_head, True)):
-        shard(part, reshard)
+    shard(ref.lm, True)
+    shard(actor.lm, False)
+    shard(actor.critic, False)
+    shard(actor.value_head, True)
     optimizer = make_optimizer(cfg, actor)
     # A reply ends with EOS of the tokenizer and of the generation config, and each token whose text is a --stop-token.
     eos = model.generation_config.eos_token_id
@@ -1508,10 +1517,6 @@ def prepare(
     if not {*cfg.stop_token} <= {*texts}:
         raise ValueError(f"--stop-token {cfg.stop_token}: expected each to be the text of one token of this tokenizer")
     stop_ids |= {i for i, text in enumerate(texts) if text in cfg.stop_token}
-    place = [cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")]
-    if dist.is_initialized():
-        dist.broadcast_object_list(place)  # the folder of the first process is that of all
-    run = Path(place[0]).expanduser()
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer,
         train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids),

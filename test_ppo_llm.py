@@ -1777,7 +1777,7 @@ BAD = {  # what is added to the sound command: what the one line says
     "--gamma nan": "--gamma nan: expected a number in [0, 1]",
     "--device warp": "--device warp",
     "--output-dir rewards.py/x": "rewards.py/x: expected a new folder, or with --resume",
-    "--output-dir model": "model: expected a new folder, or with --resume one in which",
+    "--output-dir model --model nowhere": "model: it exists; expected a new folder",
     "--resume nowhere": "--resume nowhere: expected the folder of a run",
     "--resume model": "--resume model: expected the folder of a run",
     # Models.
