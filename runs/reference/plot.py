@@ -213,7 +213,8 @@ STUDIES = {"critic": draw_critic, "details": draw_details, "penalty": draw_penal
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or the CSV of a study")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: curves.svg in the first RUN")
+    told = "such as x.svg or x.png; default: curves.svg in the first RUN"
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help=told)
     args = parser.parse_args()
     study = STUDIES.get(args.runs[0].stem) if args.runs[0].suffix == ".csv" else None
     output = args.output or (args.runs[0].with_suffix(".svg") if study else args.runs[0] / "curves.svg")
@@ -221,7 +222,8 @@ def main() -> None:
     figure = study(args.runs[0]) if study else draw([read_run(run) for run in args.runs])
     if not output.parent.is_dir():
         raise SystemExit(f"{output}: expected a file in a folder that exists")
-    figure.savefig(output, format="svg", dpi=200, transparent=True, metadata={"Date": None}, bbox_inches="tight")
+    fixed = {"metadata": {"Date": None}} if output.suffix == ".svg" else {}  # the same runs give the same file
+    figure.savefig(output, dpi=200, transparent=True, bbox_inches="tight", **fixed)
     print(output)
 
 
