@@ -1067,32 +1067,23 @@ EVENT_LOOP = asyncio.Runner()  # one for all calls: a reward's semaphores and co
 def ask(reward: Callable, columns: dict):
     """What a reward function says of each token of each reply: a list of tensors. A number for the whole reply stands
     at its last token; NaN stands there for None, that the reward does not apply.
-
-    After an error it is asked for each reply alone, so that the error names the first reply that it comes for.
     """
-    prompts = columns["prompts"]
-    try:
-        answers = reward(**copy.deepcopy(columns))
-        if inspect.isawaitable(answers):
-            answers = EVENT_LOOP.run(answers)
-        scores = []
-        with about(f"expected a list, an answer to each of {len(prompts)} replies, got {answers!r:.300}"):
-            pairs = [*zip(answers[:], columns["completion_ids"], strict=True)]  # neither a dict nor a set
-        for answer, ids in pairs:
+    answers = reward(**copy.deepcopy(columns))
+    if inspect.isawaitable(answers):
+        answers = EVENT_LOOP.run(answers)
+    asked = (columns[name] for name in ("prompts", "completions", "completion_ids"))
+    with about(f"expected a list, an answer to each of {len(columns['prompts'])} replies, got {answers!r:.300}"):
+        rows = [*zip(answers[:], *asked, strict=True)]  # neither a dict nor a set
+    scores = []
+    for answer, prompt, completion, ids in rows:
+        with about(f"to the prompt {prompt!r:.300} with the reply {completion!r:.300}, it gives {answer!r:.300}"):
             x = torch.as_tensor(math.nan if answer is None else answer, dtype=torch.float32).detach()
             if x.ndim == 0:
                 x = F.pad(x.view(1), (len(ids) - 1, 0))
             if x.shape != (len(ids),) or not (answer is None or x.isfinite().all()):
-                raise ValueError(f"expected a finite number, {len(ids)} of them, or None, got {answer!r:.300}")
+                raise ValueError(f"expected a finite number, {len(ids)} of them, or None")
             scores.append(x)
-        return scores
-    except Exception as e:
-        if len(prompts) == 1:
-            e.add_note(f"the prompt {prompts[0]!r:.300} with the reply {columns['completions'][0]!r:.300}")
-        else:
-            for i in range(len(prompts)):
-                ask(reward, {key: x[i : i + 1] for key, x in columns.items()})
-        raise
+    return scores
 
 
 def token_scores(
@@ -1517,6 +1508,7 @@ def prepare(
     if not {*cfg.stop_token} <= {*texts}:
         raise ValueError(f"--stop-token {cfg.stop_token}: expected each to be the text of one token of this tokenizer")
     stop_ids |= {i for i, text in enumerate(texts) if text in cfg.stop_token}
+    model.generation_config.eos_token_id = sorted(stop_ids) or None  # `generate` of the saved policy stops there too
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer,
         train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids),
