@@ -660,7 +660,8 @@ def ppo_update(
             break
         optimizer.step()
         taken += 1
-    optimizer.zero_grad()  # they would take memory while the next replies are sampled
+    # Gradients would take memory while the next replies are sampled.
+    optimizer.zero_grad()
     return {name: fmean(step[name] for step in steps) for name in steps[0]} | {"policy/steps": taken}
 
 

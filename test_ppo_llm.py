@@ -2398,7 +2398,7 @@ def test_a_reward_may_end_the_processes_that_it_starts(tmp_path, capfd):
 
 
 GIVEN = {  # what a reward gives for the replies in update 2, and what the line says
-    "one number for all": (lambda n: 1.0, "expected a list, an answer to each of 12 replies, got 1.0: TypeError"),
+    "one number for all": (lambda n: 1.0, "an answer to each of 12 replies, got 1.0: TypeError"),
     "too few": (lambda n: [0.0] * (n - 1), "expected a list, an answer to each of 12 replies, got [0.0, 0.0"),
     "text": (lambda n: ["much"] * n, "it gives 'much'"),
     "too large": (lambda n: [1e39] * n, "it gives 1e+39: expected a finite number"),
@@ -2413,8 +2413,8 @@ GIVEN = {  # what a reward gives for the replies in update 2, and what the line 
 
 @pytest.mark.parametrize("given", GIVEN)
 def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monkeypatch, command, finished):
-    """Exit status 1, and one line that names the reward, and the prompt and the reply of a wrong answer. The update before is
-    kept, and the run goes on as if nothing had been once the reward is put right."""
+    """Exit status 1, and one line that names the reward, and the prompt and the reply of a wrong answer. The update
+    before is kept, and the run goes on as if nothing had been once the reward is put right."""
     give, message = GIVEN[given]
     calls = itertools.count()
     sound = answers
@@ -3440,8 +3440,8 @@ MUSEUM = {
     ),
     "early stop after the backward pass, its gradients left for the next step (minRLHF)": (
         "ppo_update",
-        "optimizer.zero_grad()  # they",
-        "pass  # they",
+        "    optimizer.zero_grad()\n    return",
+        "    return",
         test_target_kl_stops_before_the_step_and_leaves_no_gradient_behind,
     ),
     "max_grad_norm never read (TRL)": (
