@@ -1509,7 +1509,6 @@ def prepare(
     if not {*cfg.stop_token} <= {*texts}:
         raise ValueError(f"--stop-token {cfg.stop_token}: expected each to be the text of one token of this tokenizer")
     stop_ids |= {i for i, text in enumerate(texts) if text in cfg.stop_token}
-    model.generation_config.eos_token_id = sorted(stop_ids) or None  # `generate` of the saved policy stops there too
     task = Task(
         cfg, run, actor, ref, optimizer, Progress(cfg.kl_coef), tokenizer,
         train_prompts, held_out, list(zip(rewards, weights)), sorted(stop_ids),
