@@ -568,7 +568,8 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor | None, rollout: Rollout, 
         outputs.append(ref(batch, cfg.temperature, with_entropy=False)[0] if ref else math.nan * outputs[0])
         filled[:, rows, : batch.mask.shape[1]] = torch.stack(outputs).cpu()
     filled = torch.where(rollout.mask, all_sum(filled), 0.0)
-    sums = filled[: 4 if ref else 3] + rollout.sampler_logprobs  # the fourth is the reference's
+    # A sum is NaN or infinite where a part of it is. The fourth is the reference's.
+    sums = filled[: 4 if ref else 3] + rollout.sampler_logprobs
     if not sums[:, rollout.mask].isfinite().all():
         raise FloatingPointError("probabilities or values are NaN or infinite; in training, lower the learning rate")
     rollout.logprobs, rollout.entropy, rollout.values, rollout.ref_logprobs = filled
@@ -1142,8 +1143,7 @@ class Task:
         scores[range(B), [len(reply) - 1 for reply in replies]] = self.cfg.missing_eos_penalty * (ended - 1)
         said = {"reply/ended": ended}
         rank, count = world()
-        n = B // count
-        share = slice(rank * n, rank * n + n)
+        share = slice(rank * B // count, (rank + 1) * B // count)
         prompts = prompts[share]
         replies = replies[share]
         columns = {key: [prompt.row.get(key) for prompt in prompts] for key in self.columns}
