@@ -2532,7 +2532,8 @@ def test_a_policy_that_cannot_move_or_be_loaded_again_is_refused(tmp_path):
     assert "the policy must load as it is, without adapters" in refusal(adapted)
 
 
-def test_a_compiled_policy_is_trained_and_saved_under_its_own_names(tmp_path):
+def test_a_compiled_policy_is_trained_and_saved_under_its_own_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # not each length of the cache anew: it is slow
     lm = model_of()
     before = weights_of(lm)
     run = P.train(quick(tmp_path), ["a", "bc"], worth, torch.compile(lm, backend="eager"), letters())
