@@ -424,7 +424,7 @@ class Actor(nn.Module):
                 raise ValueError(f"{name} is {weight.dtype}: expected float32, for AdamW's small steps; call .float()")
         head = lm.get_output_embeddings()
         head.__class__ = Head  # the same weights: what is tied stays tied
-        width = head.in_features if critic is None else critic.config.get_text_config().hidden_size
+        width = head.in_features if critic is None else critic.get_input_embeddings().embedding_dim
         self.real = torch.promote_types(lm.dtype, torch.float32)  # of values and log-probabilities
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=self.real)
         for weight in self.value_head.parameters():
@@ -565,11 +565,11 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor | None, rollout: Rollout, 
     filled = torch.zeros(4, B, T, dtype=actor.real)
     for rows, batch in micro_batches(rollout, torch.arange(B), cfg.micro_batch_size, actor.lm.device):
         outputs = [*actor(batch, cfg.temperature)]
-        outputs.append(ref(batch, cfg.temperature, with_entropy=False)[0] if ref else math.nan * outputs[0])
+        outputs.append(math.nan * outputs[0] if ref is None else ref(batch, cfg.temperature, with_entropy=False)[0])
         filled[:, rows, : batch.mask.shape[1]] = torch.stack(outputs).cpu()
     filled = torch.where(rollout.mask, all_sum(filled), 0.0)
     # A sum is NaN or infinite where a part of it is. The fourth is the reference's.
-    sums = filled[: 4 if ref else 3] + rollout.sampler_logprobs
+    sums = filled[: 3 if ref is None else 4] + rollout.sampler_logprobs
     if not sums[:, rollout.mask].isfinite().all():
         raise FloatingPointError("probabilities or values are NaN or infinite; in training, lower the learning rate")
     rollout.logprobs, rollout.entropy, rollout.values, rollout.ref_logprobs = filled
@@ -851,7 +851,6 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import itertools
 import json
 import os
 import re
@@ -860,6 +859,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import traceback
 import typing
 import warnings
@@ -1073,7 +1073,7 @@ def ask(reward: Callable, columns: dict):
     answers = reward(**copy.deepcopy(columns))
     if inspect.isawaitable(answers):
         answers = EVENT_LOOP.run(answers)
-    asked = (columns[name] for name in ("prompts", "completions", "completion_ids"))
+    asked = columns["prompts"], columns["completions"], columns["completion_ids"]
     with about(f"expected a list, an answer to each of {len(columns['prompts'])} replies, got {answers!r:.300}"):
         rows = [*zip(answers[:], *asked, strict=True)]  # neither a dict nor a set
     scores = []
@@ -1351,7 +1351,7 @@ def fingerprint(model, prompts):
 def read_config(run):
     """The settings of a run, and the fingerprint of what it began with."""
     with about(f"--resume {run}: expected the folder of a run of this ppo_llm.py"):
-        saved = json.loads(Path(run, "config.json").read_text())
+        saved = json.loads(Path(run, "config.json").expanduser().read_text())
         settings = {name: tuple(x) if isinstance(x, list) else x for name, x in saved["settings"].items()}
         return Config(**settings), saved["fingerprint"]
 
@@ -1563,7 +1563,8 @@ def evaluate_held_out(task: Task):
 @contextlib.contextmanager
 def finish_on_signal(go_on):
     """Yields a list. The first Ctrl-C, SIGTERM or SIGHUP is appended to it, to end after this update; a second ends at
-    once. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
+    once. A signal that is ignored, as SIGHUP is under nohup, stays ignored. Outside the main thread, where Python lets
+    none be caught, all stay as they are."""
     asked = []
     owner = os.getpid()
 
@@ -1580,7 +1581,7 @@ def finish_on_signal(go_on):
     old = {
         n: signal.signal(n, ask_to_end)
         for n in signal.valid_signals() & {1, 2, 15}  # SIGHUP where there is one, SIGINT, SIGTERM
-        if signal.getsignal(n) is not signal.SIG_IGN
+        if signal.getsignal(n) is not signal.SIG_IGN and threading.current_thread() is threading.main_thread()
     }
     try:
         yield asked
@@ -1596,8 +1597,8 @@ def run_task(task: Task):
     cfg = task.cfg
     run = task.run
     progress = task.progress
-    rank, _ = world()
-    go_on = f"to go on: python ppo_llm.py --resume {run} --num-updates {cfg.num_updates}"
+    rank, count = world()
+    go_on = f"to go on: python ppo_llm.py --resume '{run}' --num-updates {cfg.num_updates}"
     bar = tqdm(total=cfg.num_updates, initial=progress.update, disable=rank)
 
     def log(metrics, samples, held_out=False):
@@ -1653,7 +1654,7 @@ def run_task(task: Task):
                     raise KeyboardInterrupt(f"stopped after update {progress.update}, {go_on}")
         except Exception as e:
             # Of several processes the others may be gone. A policy that diverges does not replace an older one.
-            if progress.update and world()[1] == 1 and not isinstance(e, FloatingPointError):
+            if progress.update and count == 1 and not isinstance(e, FloatingPointError):
                 save(task)
                 e.add_note(f"(saved after update {progress.update}, with any steps of the next one; {go_on})")
             raise
@@ -1746,7 +1747,9 @@ def demo_task(seed, steps=160):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-    openings = [f"the {' '.join(parts)}".strip() for parts in itertools.product(NOUNS, VERBS, [*ADVERBS, ""])]
+    openings = [
+        f"the {noun} {verb} {adverb}".strip() for noun in NOUNS for verb in VERBS for adverb in [*ADVERBS, ""]
+    ]
     random.Random(0).shuffle(openings)
     return lm, tokenizer, openings[16:], openings[:16], [sentiment, fluency]
 

@@ -1625,7 +1625,7 @@ FAMILIES = {  # of models: what their settings have besides
     "Mistral": WINDOW,
     "Gemma3Text": WINDOW | dict(layer_types=["sliding_attention", "full_attention"]),
     "Phi3": dict(num_key_value_heads=1),
-    "OPT": dict(ffn_dim=16, word_embed_proj_dim=8, init_std=0.4),
+    "OPT": dict(ffn_dim=16, word_embed_proj_dim=4, init_std=0.4),  # its states are narrower than its layers
     "GPTNeoX": {},
     "Gemma2": WINDOW | dict(final_logit_softcapping=0.5),
     "Cohere": dict(num_key_value_heads=1, logit_scale=0.3),
@@ -2282,7 +2282,7 @@ def test_a_reward_may_give_a_number_for_each_token(tmp_path):
         "rewards/each": pytest.approx(10.75 / 3),
     }
     task.rewards = [(lambda **columns: dict(enumerate([0.0] * 4)), 1.0)]
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, KeyError)):  # of Python 3.11, and of later ones
         task.judge(prompts, replies)
     task.rewards = [(lambda **columns: [1.0, 1.0, 1.0, None], 1.0), (lambda **columns: [1.0] * 4, 0.0)]
     with pytest.raises(ValueError, match="expected for each reply a reward"):
@@ -2366,14 +2366,16 @@ class Judge:
 
 
 def test_rewards_may_be_asynchronous_and_objects(tmp_path):
-    """All calls have one event loop, for the connections that a reward keeps."""
+    """All calls have one event loop, for the connections that a reward keeps. Where one runs already, as in a
+    notebook, `train` has a thread of its own."""
     loops = set()
 
     async def later(prompts, completions, **columns):
         loops.add(asyncio.get_running_loop())
         return worth(prompts, completions)
 
-    run = P.train(quick(tmp_path), ["a", "bc"], [worth, later, Judge()], model_of(), letters())
+    rewards = [worth, later, Judge()]
+    run = asyncio.run(asyncio.to_thread(P.train, quick(tmp_path), ["a", "bc"], rewards, model_of(), letters()))
     (row,) = metrics_of(run)
     assert row["rewards/worth"] == row["rewards/later"] == row["rewards/Judge"] != 0
     assert len(loops) == 1
@@ -2426,7 +2428,7 @@ def test_a_reward_that_fails_saves_the_run(given, files, tmp_path, capsys, monke
     line = the_line(capsys)
     assert line.startswith(
         "ppo_llm.py: (saved after update 1, with any steps of the next one; to go on: python ppo_llm.py --resume "
-        f"{tmp_path}/x "
+        f"'{tmp_path}/x' "
     )
     assert message in line
     assert bool(re.search("to the prompt '. a' with the reply '", line)) == message.startswith("it gives")
@@ -2454,7 +2456,10 @@ def test_every_kind_of_model_is_itself_and_trains(kind, tmp_path):
     agree with the bare model's own forward on each reply alone. What an update saves loads, with other weights."""
     lm = model_of(kind).bfloat16()  # as the hub has them
     bare = copy.deepcopy(lm).float().eval()
-    cfg = quick(tmp_path, response_length=6, learning_rate=1e-4, temperature=0.7, micro_batch_size=3)
+    critic = "separate" if kind == "OPT" else "shared"
+    cfg = quick(
+        tmp_path, response_length=6, learning_rate=1e-4, temperature=0.7, micro_batch_size=3, critic=critic
+    )
     task = P.prepare(cfg, ["a", "bcdefg", "ab", "c", "de", "fgh", "ijkl", "z"], worth, lm, letters())
     torch.manual_seed(0)
     for prompt, reply, said in replies_of(task):
@@ -2547,6 +2552,9 @@ def test_a_compiled_policy_is_trained_and_saved_under_its_own_names(tmp_path, mo
         letters(),
     )
     assert len(task.optimizer.state) == 30
+    rollout = P.sample_replies(task.actor, task.prompts, task.stop_ids, task.cfg)
+    P.fill_logprobs_and_values(task.actor, torch.compile(task.ref, backend="eager"), rollout, task.cfg)
+    assert rollout.ref_logprobs.isfinite().all()
 
 
 def test_models_as_the_hub_has_them_train(tmp_path):
@@ -2653,7 +2661,7 @@ def test_a_signal_ends_after_the_update_and_a_resume_goes_on(
     assert updates_of(run) == list(range(update + 1))
     shown = capsys.readouterr()
     assert "finishing the update in hand" in shown.err
-    assert f"update {update}, to go on: python ppo_llm.py --resume {run} --num-updates 6" in shown.err
+    assert f"update {update}, to go on: python ppo_llm.py --resume '{run}' --num-updates 6" in shown.err
     for name in P.LOGS:
         with open(run / name, "a") as f:
             f.write('{"update": 9}\n{"upd')
