@@ -409,7 +409,8 @@ class Actor(nn.Module):
     dtype: of all matrix products but those of the two heads (autocast). float32, the default, is no autocast: they are
     of the weights' type. Not float16, whose gradients would need a scale. Weights that are trained must be float32 or
     wider, or ValueError.
-    critic: the model whose hidden states the value head reads; None: the policy's, at half the work.
+    critic: the model whose hidden states the value head reads; None: the policy's, at half the work. Causal too, else a
+    value knows the tokens that follow, and for the same tokens.
     """
 
     def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32, critic: nn.Module | None = None):
@@ -696,7 +697,8 @@ def ppo(
 
     ref: the frozen first policy, with weights of its own. None is allowed where kl_coef is 0: it saves memory, and the
     metrics have no KL.
-    optimizer: of any groups of parameters. In each update every group gets its own initial rate times the schedule.
+    optimizer: of any groups of `actor.parameters()`, to which the value head belongs. In each update every group gets
+    its own initial rate times the schedule.
     score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are floats in a
     tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
     rollout, by default cfg.response_length; metrics are floats by name, to be logged. With several processes `score`
@@ -719,6 +721,7 @@ def ppo(
         raise ValueError("ref is None: expected a reference, or a kl_coef of 0")
     for update in range(progress.update + 1, cfg.num_updates + 1):
         seed_everything(cfg.seed, update)
+        actor.eval()  # whatever was done with it between two updates
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(update, cfg)
         clock = [time.perf_counter()]
@@ -737,7 +740,7 @@ def ppo(
             raise ValueError(f"score: expected finite numbers of shape [{B}] or [{B}, {T}], got {scores}")
         if scores.ndim == 2:
             scores = scores.where(rollout.present, 0)  # nothing is paid on padding
-        scores = scores.to(actor.real)
+        scores = scores.detach().to(actor.real)
         clock.append(time.perf_counter())
 
         # 3. Log-probabilities and values of every trained token.
@@ -1195,6 +1198,8 @@ def load(auto_class, name):
         if not auto_class.startswith("Model"):
             return auto.from_pretrained(name)
         model, info = auto.from_pretrained(name, output_loading_info=True)
+        if hasattr(model, "peft_config"):  # of their folder, `info` does not say what is missing
+            raise ValueError("it holds adapters: merge them first")
         if info["missing_keys"]:
             raise ValueError(f"it holds no {min(info['missing_keys'])}")
         return model
@@ -1539,19 +1544,20 @@ def evaluate_held_out(task: Task):
     """Replies to all held-out prompts, to few of them several, from the same seed each time: metrics and a few samples.
 
     Each metric is a mean over prompts and, under its name with _se, its standard error where there are several. Replies
-    to one prompt are first averaged: they are not independent.
+    to one prompt are first averaged: they are not independent. As each of several processes must have as many, they
+    write a few more, which count nowhere.
     """
     metrics = {"update": task.progress.update}
     seed_everything(task.cfg.seed)
     n = len(task.held_out)
-    prompts = task.held_out * (math.lcm(n, world()[1]) // n)  # as many for each process
-    prompts *= max(1, task.cfg.batch_size // len(prompts))
+    total = n * max(1, task.cfg.batch_size // n)
+    prompts = (task.held_out * total)[: total + -total % world()[1]]
     rollout = sample_replies(task.actor, prompts, task.stop_ids, task.cfg)
     scores, said = task.judge(prompts, rollout.replies())
     fill_logprobs_and_values(task.actor, task.ref, rollout, task.cfg)
     said = {"score": scores.sum(1), **said, "kl": reply_kl(rollout)}
     for name, x in said.items():
-        x = x.view(-1, n).nanmean(0)
+        x = x[:total].view(-1, n).nanmean(0)
         x = x[x.isfinite()]
         if len(x):
             metrics[f"eval/{name}"] = float(x.mean())
@@ -1598,7 +1604,7 @@ def run_task(task: Task):
     run = task.run
     progress = task.progress
     rank, count = world()
-    go_on = f"to go on: python ppo_llm.py --resume '{run}' --num-updates {cfg.num_updates}"
+    go_on = f"to go on: python ppo_llm.py --resume '{run}' --num-updates {cfg.num_updates}, or in Python resume='{run}'"
     bar = tqdm(total=cfg.num_updates, initial=progress.update, disable=rank)
 
     def log(metrics, samples, held_out=False):
@@ -1635,7 +1641,10 @@ def run_task(task: Task):
     with finish_on_signal(go_on) as asked, bar, task.lock:
         if not progress.update:
             evaluate()
-        updates = ppo(task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress)
+        updates = ppo(
+            task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress,
+            sample_replies, ppo_loss  # those of now: others may have been put into the module
+        )
         try:
             for metrics, samples in updates:
                 log(metrics, samples)

@@ -1357,7 +1357,7 @@ def test_sample_and_loss_can_be_replaced():
         return rollout
 
     def each_token(prompts, replies):
-        return torch.arange(48.0).view(8, 6), {"own": 99.0, "objective/kl": 99.0}
+        return torch.arange(48.0, requires_grad=True).view(8, 6), {"own": 99.0, "objective/kl": 99.0}
 
     def loss(actor, batch, cfg):
         assert not batch.mask[:, 1:2].any()
@@ -1513,6 +1513,7 @@ def test_the_progress_is_complete_at_each_yield():
         for thing, before in zip(new[:2], old):
             thing.load_state_dict(before.state_dict())
         old = *new[:2], Progress(**vars(old[2]))
+        old[0].train()  # as something between two updates may leave it
         its_metrics, its_samples = next(updates(*old, cfg))
         assert without_times(its_metrics) == without_times(metrics)
         assert its_samples == samples
@@ -1686,7 +1687,7 @@ FILES = {
     "letters.txt": "".join(f"{c}{c} {c}\n" for c in LETTERS[1:27]),
     "prompts.jsonl": "".join(f'{{"prompt": "{c} a", "answer": {ord(c) - 100}}}\n' for c in LETTERS[1:21]),
     "others.jsonl": "".join(f'{{"prompt": "{c} a", "answer": {ord(c) - 99}}}\n' for c in LETTERS[1:21]),
-    "held_out.jsonl": 12 * '{"prompt": "a b", "answer": 1}\n',
+    "held_out.jsonl": 13 * '{"prompt": "a b", "answer": 1}\n',
     "bad.jsonl": '{"prompt": "a"}\n{"prompt": \n',
     "lacks.jsonl": '{"prompt": "a"}\n{"text": "a"}\n',
     "void.jsonl": '{"prompt": "a"}\n{"prompt": ""}\n',
@@ -2165,6 +2166,14 @@ def test_the_evaluation_is_of_all_held_out_prompts(tmp_path):
     assert P.evaluate_held_out(task) == (metrics | {"update": 5}, samples)
 
 
+@pytest.mark.parametrize("name", ["sample_replies", "ppo_loss"])
+def test_a_function_that_is_put_into_the_module_is_used(name, tmp_path, monkeypatch):
+    task = P.prepare(quick(tmp_path), ["a"], worth, model_of(), letters())
+    monkeypatch.setattr(P, name, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        P.run_task(task)
+
+
 JUDGES = [("GPT2", None), ("Llama", 1), ("Llama", -1), ("Bert", 0), ("Roberta", 1)]
 
 
@@ -2375,7 +2384,9 @@ def test_rewards_may_be_asynchronous_and_objects(tmp_path):
         return worth(prompts, completions)
 
     rewards = [worth, later, Judge()]
-    run = asyncio.run(asyncio.to_thread(P.train, quick(tmp_path), ["a", "bc"], rewards, model_of(), letters()))
+    run = asyncio.run(
+        asyncio.to_thread(P.train, quick(tmp_path), ["a", "bc"], rewards, model_of(), letters())
+    )
     (row,) = metrics_of(run)
     assert row["rewards/worth"] == row["rewards/later"] == row["rewards/Judge"] != 0
     assert len(loops) == 1
@@ -2537,8 +2548,19 @@ def test_a_policy_that_cannot_move_or_be_loaded_again_is_refused(tmp_path):
     assert "the policy must load as it is, without adapters" in refusal(adapted)
 
 
+def test_a_folder_of_adapters_is_refused(files, tmp_path):
+    """Its head may be missing there, and would be random."""
+    peft = pytest.importorskip("peft")
+    judge = transformers.AutoModelForSequenceClassification.from_pretrained(files / "scorer")
+    peft.get_peft_model(judge, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it holds adapters"):
+        P.load("ModelForSequenceClassification", tmp_path)
+
+
 def test_a_compiled_policy_is_trained_and_saved_under_its_own_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # not each length of the cache anew: it is slow
+    monkeypatch.setattr(
+        torch._dynamo.config, "recompile_limit", 1
+    )  # not each length of the cache anew: it is slow
     lm = model_of()
     before = weights_of(lm)
     run = P.train(quick(tmp_path), ["a", "bc"], worth, torch.compile(lm, backend="eager"), letters())

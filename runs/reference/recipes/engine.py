@@ -11,7 +11,7 @@ import dataclasses
 import sys
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, ".")
 import ppo_llm as P
@@ -22,6 +22,7 @@ CAP = 2.0
 class Engine:
     def __init__(self, model, age=0):
         self.model, self.sent = copy.deepcopy(model), [copy.deepcopy(model.state_dict()) for _ in range(age)]
+        self.model.generation_config = GenerationConfig()  # a model's own may have top-p, which no weight can correct
 
     def sample(self, actor, prompts, stop_ids, cfg):
         self.sent.append(copy.deepcopy(actor.lm.state_dict()))
