@@ -2454,9 +2454,13 @@ def test_every_kind_of_model_is_itself_and_trains(kind, tmp_path):
     agree with the bare model's own forward on each reply alone. What an update saves loads, with other weights."""
     lm = model_of(kind).bfloat16()  # as the hub has them
     bare = copy.deepcopy(lm).float().eval()
-    critic = "separate" if kind == "OPT" else "shared"
     cfg = quick(
-        tmp_path, response_length=6, learning_rate=1e-4, temperature=0.7, micro_batch_size=3, critic=critic
+        tmp_path,
+        response_length=6,
+        learning_rate=1e-4,
+        temperature=0.7,
+        micro_batch_size=3,
+        critic="separate" if kind == "OPT" else "shared",
     )
     task = P.prepare(cfg, ["a", "bcdefg", "ab", "c", "de", "fgh", "ijkl", "z"], worth, lm, letters())
     torch.manual_seed(0)
