@@ -28,7 +28,7 @@ RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "details": ("7 h", f"{TABLE} details && python plot.py study/details.csv", f"{STUDY} details"),
     "penalty": ("45 min", f"{TABLE} penalty && python plot.py study/penalty.csv", f"{STUDY} penalty"),
     "trl": ("100 min", f"{TABLE} trl", f"{STUDY} trl && {TRL} study/trl_tasks.py --times 0.33333 1 3"),
-    "critic": ("15 h", f"{TABLE} critic && python plot.py study/critic.csv", f"{STUDY} critic"),
+    "critic": ("18 h", f"{TABLE} critic && python plot.py study/critic.csv", f"{STUDY} critic"),
     "critic-rates": ("110 min", f"{TABLE} critic-rates", f"{STUDY} critic-rates"),
     "critic-fit": ("80 min", f"{TABLE} critic-fit", f"{STUDY} critic-fit"),
     "rates": ("30 min", f"{TABLE} rates", f"{STUDY} rates"),
