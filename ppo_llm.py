@@ -17,14 +17,14 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
   1. Generate: the policy π, the model that is trained, writes a reply to each of B prompts (`sample_replies`). A
      `Rollout` holds the replies and all that is computed for them.
   2. Score: a function of yours gives each reply a number, or one for each of its tokens.
-  3. Log-probabilities and values: before each token, in the state of the prompt and the reply so far, the critic, a
-     second head of the policy, predicts what the reply will still earn: the value V. A forward pass of the policy gives
-     both for every token of the replies; a critic that is a model of its own takes a second pass. A frozen copy of the
-     first policy, the reference, gives its own log-probabilities (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is its score less β·KL, the price of leaving the reference; KL is the mean of
-     log π - log π_ref, in nats. A return, which V predicts, is the sum of the rewards from a token on, so a score at
-     the end reaches every token. An advantage is how much better it went than predicted: by default (λ = 1) the return
-     less V. Then all are shifted and scaled (`compute_advantages`).
+  3. Log-probabilities and values: the policy gives log π of each token of the replies. The critic, by default a second
+     head of the policy, gives the value V of the state before that token, which is the prompt and the reply so far: it
+     predicts what the reply earns from there on. One forward pass gives both; a critic that is a model of its own takes
+     another. A frozen copy of the first policy, the reference, gives log π_ref (`fill_logprobs_and_values`).
+  4. Advantages: the reward of a token is its score less β·KL_t, the price of leaving the reference. KL_t is the token's
+     log π - log π_ref, in nats, and its mean the KL. A return, which V predicts, is the sum of the rewards from a token
+     on, so a score at the end reaches every token. An advantage is how much better the reply went on than predicted: by
+     default (λ = 1) the return less V. Then all get mean 0 and variance 1 (`compute_advantages`).
   5. Update: several epochs of minibatches on the policy loss, PPO's clipped surrogate, and the value loss
      (`ppo_update`). In its formulas the policy that wrote the replies is the old one, that of now the new one.
   6. Metrics: what happened, as means over replies or over the tokens that were trained on (`rollout_metrics`).
@@ -42,7 +42,8 @@ Three choices of this file that the papers below do not have:
 Left out on purpose: top-k and top-p. They change the probabilities by which tokens are sampled, so π would be wrong.
 
 Shapes: B replies, P prompt tokens (padded on the left), T reply tokens (padded on the right), vocab tokens that the
-model knows; b are the replies of a micro-batch. Everything of the RL part is aligned to the reply, [B, T].
+model knows; b are the replies of a micro-batch, which has its own P and T, as long as its longest. Everything of the RL
+part is aligned to the reply, [B, T].
 
 Papers: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2015 (1506.02438); RLHF with a KL penalty,
 Ziegler et al. 2019 (1909.08593); KL estimators, Schulman 2020 (joschu.net/blog/kl-approx.html).
@@ -128,8 +129,9 @@ def kl_estimate(
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
-    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: a reward passes no gradient on,
-    and only for k1 is the gradient that is lost 0 on average. KeyError for any other kind.
+    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: as no gradient flows through a
+    reward, the term with the gradient of d is missing, and only for k1 has this term a mean of 0. KeyError for any
+    other kind.
     """
     d = logprobs - ref_logprobs
     return {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d}[kind]
@@ -207,11 +209,12 @@ def policy_loss(
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
     A is the advantage: a token that went better than predicted, A > 0, is made likelier, one that went worse less
-    likely. At ρ = 1 the gradient of ρA is A·∇log π, and its mean over samples that of the expected reward: the policy
-    gradient. That A has V subtracted does not change this mean, only its noise. One batch is used for several steps,
-    after the first of which the policy is no longer the one that sampled it: ρ corrects for that, and with the clip
-    nothing is gained by moving ρ further than ε from 1. A token whose ρ has left [1-ε, 1+ε] in the direction that A
-    asks for has no gradient any more; one that has left it in the other direction keeps its gradient.
+    likely. At ρ = 1 the gradient of ρA is A·∇log π. Its mean over samples has the direction of the gradient of the
+    expected return: it is the policy gradient. That A has V subtracted does not change this mean, only its noise. One
+    batch is used for several steps, after the first of which the policy is no longer the one that sampled it: ρ
+    corrects for that, and with the clip nothing is gained by moving ρ further than ε from 1. A token whose ρ has left
+    [1-ε, 1+ε] in the direction that A asks for has no gradient any more; one that has left it in the other direction
+    keeps its gradient.
 
     cliprange_high: upper ε (clip-higher, DAPO, arXiv 2503.14476); None: the same as the lower.
     stats: over the mask, the k3 estimate of KL(old ‖ new), the share of tokens where the clip binds, and the mean of ρ.
@@ -236,9 +239,10 @@ def value_loss(
     mask: Tensor,  # [B, T]
     cliprange_value: float | None = None,
 ):  # [], stats
-    """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²): at least ½ MSE. None switches the clip off.
+    """½ mean max((V - R)², (clip(V, V_old ± ε) - R)²) with ε = cliprange_value: at least ½ MSE. If ε is None: ½ MSE.
 
-    All come in the critic's unit (`Actor.unit`). The clip is not in the PPO paper, but in openai/baselines (ppo2).
+    All come in the critic's unit (`Actor.unit`), so that ε means the same for scores of any size. The clip is not in
+    the PPO paper, but in openai/baselines (ppo2).
     stats: the share of tokens where the clip binds.
     """
     error = larger_error = torch.where(mask, new_values - returns, 0.0) ** 2
@@ -315,15 +319,15 @@ class Rollout:
     """The replies of one update and all that is computed for them, on the CPU. What is None is filled in step by step.
 
     Queries and responses are prompts and replies, by TRL's names. Rewards, values and returns are in units of the
-    score, advantages in the critic's unit (`Actor.unit`) or, by default, whitened. A state is the prompt and the reply
-    up to a token.
+    score, advantages in the critic's unit (`Actor.unit`) or, by default, whitened. The state before a token is the
+    prompt and the reply up to it, without it.
     """
     queries: Tensor  # [B, P] int, prompt tokens, padded on the left
     query_mask: Tensor  # [B, P] bool, False on that padding
     responses: Tensor  # [B, T] int, reply tokens, padded on the right with any token
     present: Tensor  # [B, T] bool, False on that padding, True on all else, also on what a tool wrote
     mask: Tensor  # [B, T] bool, True on the tokens that are trained on: those present that the policy wrote
-    sampler_logprobs: Tensor  # [B, T] log π of each token as the sampler saw it, for metrics and for a loss of yours
+    sampler_logprobs: Tensor  # [B, T] log π as the sampler saw it, finite on the mask, for metrics and a loss of yours
     logprobs: Tensor = None  # [B, T] log π_old of each token, by the forward pass of training, frozen
     entropy: Tensor = None  # [B, T] of π_old before each token, for the metrics
     values: Tensor = None  # [B, T] V_old of the state before each token; `compute_advantages` moves all by one number
@@ -334,7 +338,7 @@ class Rollout:
     returns: Tensor = None  # [B, T] what the critic is trained to predict, A + V: at λ = 1 the sampled returns
 
     def check(self, n):
-        """ValueError if these are not n replies as above: some would get a wrong prompt, or `select` cut off tokens."""
+        """ValueError if this is not a rollout of n replies as described above: `select` could cut off tokens."""
         # cumprod is 1 up to the first 0. A prompt is padded on the left, so its mask is read backwards.
         has_holes = any((mask > mask.cumprod(1)).any() for mask in (self.present, self.query_mask.flip(1)))
         is_empty = not self.query_mask[:, -1].all()
@@ -360,10 +364,10 @@ class Rollout:
 
 
 # Every process holds the whole rollout and computes some rows of it, with 0 in the others: their sum is the whole. With
-# one process the next two functions change nothing. With several, the group must take tensors of CPU and GPU
-# ("cpu:gloo,cuda:nccl"). Part I does not exchange gradients: what spreads the model over the processes must add them
-# up, not average them. Each process decodes until its own replies have ended, so a forward pass there must not wait for
-# the others. In Part II that is FSDP2, with reshard_after_forward=False.
+# one process world() is (0, 1), and all_sum changes nothing. With several, the group must take tensors of CPU and GPU
+# ("cpu:gloo,cuda:nccl"). Part I does not exchange gradients: what spreads the model over the processes must, and must
+# add them up, not average them. Each process decodes until its own replies have ended, so there the policy's forward
+# pass must not wait for the others. Part II uses FSDP2, told to add up, with reshard_after_forward=False.
 
 
 def world():
@@ -409,8 +413,8 @@ class Actor(nn.Module):
     dtype: of all matrix products but those of the two heads (autocast). float32, the default, is no autocast: they are
     of the weights' type. Not float16, whose gradients would need a scale. Weights that are trained must be float32 or
     wider, or ValueError.
-    critic: the model whose hidden states the value head reads; None: the policy's, at half the work. Causal too, else a
-    value knows the tokens that follow, and for the same tokens.
+    critic: the model whose hidden states the value head reads; None: the policy's, at half the work. It must be causal,
+    else a value would know the tokens that follow, and must have the policy's token ids.
     """
 
     def __init__(self, lm: nn.Module, dtype: torch.dtype = torch.float32, critic: nn.Module | None = None):
@@ -426,11 +430,11 @@ class Actor(nn.Module):
         head = lm.get_output_embeddings()
         head.__class__ = Head  # the same weights: what is tied stays tied
         width = head.in_features if critic is None else critic.get_input_embeddings().embedding_dim
-        self.real = torch.promote_types(lm.dtype, torch.float32)  # of values and log-probabilities
+        self.real = torch.promote_types(lm.dtype, torch.float32)  # type of values and log-probabilities
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=self.real)
         for weight in self.value_head.parameters():
             nn.init.zeros_(weight)  # V starts at 0 in all states, not at random
-        self.register_buffer("spread", self.value_head.bias.new_zeros(()))
+        self.register_buffer("spread", self.value_head.bias.new_zeros(()))  # the largest so far, 0 before the first
 
     @property
     def unit(self):  # []
@@ -463,7 +467,7 @@ class Actor(nn.Module):
         """The model's own output. ids [b, L], those after what is cached; attention [b, cached + L], False on padding.
         """
         attention = attention.long()
-        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding on the left shifts none
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding on the left shifts no position
         with self.autocast():
             return model(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
 
@@ -532,9 +536,10 @@ def decode(
     stop_ids: list[int],
     temperature: float,
 ):  # [b, T or fewer], [b, T or fewer]
-    """Tokens and their log π, one by one with the KV cache, until all have stopped. What follows a stop is noise.
+    """Tokens and their log π, one by one with the KV cache, until all have stopped or T are there.
 
-    A token is the first whose cumulative probability exceeds its random number.
+    Inverse transform sampling: a token is the first whose cumulative probability exceeds its random number. What
+    follows a stop is noise.
     """
     device = actor.lm.device
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -596,7 +601,7 @@ def compute_advantages(
     actor.fit_returns(float(spread) if spread >= rounding else 0.0, float(shift))
     rollout.values += shift  # as `fit_returns` has just done to what the actor says
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, cfg.gamma, cfg.lam)
-    advantages[advantages.abs() < rounding] = 0  # noise around 0: against their own mean size it looks large
+    advantages[advantages.abs() < rounding] = 0  # noise around 0, which `masked_whiten` would blow up
     rollout.advantages = masked_whiten(advantages, mask) if cfg.whiten_advantages else advantages / float(actor.unit)
 
 
@@ -631,8 +636,8 @@ def ppo_update(
 
     Each trained token of a step has the same weight, however the step is cut into micro-batches. Statistics are of the
     policy before the step. A step before which KL(old ‖ new) is above target_kl is not taken and ends the update; it
-    counts in the means. FloatingPointError for a step whose loss or gradient is NaN or infinite, which is not taken
-    either.
+    counts in the means. FloatingPointError for a step whose loss, gradient or a statistic is NaN or infinite, which is
+    not taken either. critic_only: the policy's model gets no gradient.
     """
     minibatches = [
         indices
@@ -691,14 +696,14 @@ def ppo(
     sample: Callable = sample_replies,
     loss: Callable = ppo_loss,
 ):
-    """Train the actor in place until cfg.num_updates updates are done. Yields the metrics of each update and
-    four samples: (prompt, token ids of the reply, score, KL in nats or NaN without a reference). A generator: it trains
-    while it is iterated.
+    """Train the actor in place until cfg.num_updates updates are done. Yields the metrics of each update and the first
+    four replies, each as (prompt, token ids, sum of its scores, KL in nats or NaN without a reference). A generator: it
+    trains while it is iterated.
 
     ref: the frozen first policy, with weights of its own. None is allowed where kl_coef is 0: it saves memory, and the
     metrics have no KL.
-    optimizer: of any groups of `actor.parameters()`, to which the value head belongs. In each update every group gets
-    its own initial rate times the schedule.
+    optimizer: of `actor.parameters()`, which include the value head, in any groups. In each update every group gets its
+    own initial rate times the schedule.
     score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are floats in a
     tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
     rollout, by default cfg.response_length; metrics are floats by name, to be logged. With several processes `score`
@@ -707,8 +712,9 @@ def ppo(
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
     progress.update counts finished updates, so it is 0 during the first: `score`, `sample` and `loss` may read it, for
     a coefficient that changes. progress.kl_coef is the β of now.
-    sample: a function in place of `sample_replies`, such as an environment or a serving engine. It gives the whole
-    rollout, a row for each prompt in their order, with all fields that have no default.
+    sample(actor, prompts, stop_ids, cfg) -> Rollout: a function in place of `sample_replies`, such as an environment or
+    a serving engine. It gives the whole rollout, in each process the same: a row for each prompt in their order, and
+    all fields that have no default.
     loss(actor, batch, cfg) -> (loss, stats): a function in place of `ppo_loss`. It is called for each micro-batch and
     gives a mean over `batch.mask`; stats are such means too, as tensors of no dimension, in each call the same names in
     the same order, among them "policy/approxkl".
@@ -759,12 +765,12 @@ def ppo(
         # 6. Metrics, and the progress that was made.
         reply_scores = scores.view(B, -1).sum(1)  # [B]
         metrics = {
+            **own_metrics,  # first, so that none of yours replaces another
             "update": update,
             "lr": optimizer.param_groups[0]["lr"],
             "kl_coef": progress.kl_coef,
-            **own_metrics,
             **stats,
-            **rollout_metrics(rollout, reply_scores),  # after yours, none of which may replace these
+            **rollout_metrics(rollout, reply_scores),
         }
         # "reward" is step 2, "evaluate" steps 3 and 4.
         for phase, start, end in zip(("generate", "reward", "evaluate", "update"), clock, clock[1:]):
@@ -778,7 +784,8 @@ def ppo(
 
 
 def check(cfg: PPOConfig):
-    """ValueError for settings that do not fit together. A process gets whole prompts, with all the replies to them."""
+    """ValueError for settings that do not fit together. Several processes may share the replies out by whole prompts,
+    as Part II does."""
     if cfg.kl_target and not cfg.kl_coef:
         raise ValueError("kl_target: expected with it a kl_coef above 0")
     parts = world()[1] * math.lcm(cfg.num_mini_batches, cfg.samples_per_prompt)
@@ -814,19 +821,19 @@ def draw_prompts(prompts, update, cfg: PPOConfig):
 
 
 def reply_kl(rollout: Rollout):  # -> [B]
-    """Σ_t KL_t of each reply, in nats, by k1. For one reply it may be negative, on average it is not."""
+    """Σ_t KL_t of each reply, in nats, by k1. For few replies it may be negative, its expectation is not."""
     return torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(1)
 
 
 def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
     """What the replies of an update were like: means over replies, or over trained tokens for what a token has.
 
-    What is not known is left out: the KL if there is no reference, the explained variance (1: V is right, 0: no better
-    than a constant) if all returns are equal. That is of the sampled returns: with λ < 1 `returns` hold V themselves.
+    What is not known is left out: the KL if there is no reference, the explained variance of the sampled returns (1: V
+    is right, 0: no better than a constant) if these are all equal. With λ < 1 `returns` would not do: they hold V.
     """
     mask = rollout.mask
-    returns = rollout.sampled_returns[mask].double()  # [N] trained tokens; in float32 equal numbers may have a variance
-    residual = returns - rollout.values[mask]
+    sampled = rollout.sampled_returns[mask].double()  # [N] trained tokens; in float32 equal numbers may have a variance
+    residual = sampled - rollout.values[mask]
     metrics = {
         "objective/scores": scores.mean(),
         "objective/kl": reply_kl(rollout).mean(),
@@ -834,7 +841,7 @@ def rollout_metrics(rollout: Rollout, scores: Tensor):  # scores [B]
         "reply/length": rollout.present.sum(1).float().mean(),
         "policy/entropy": rollout.entropy[mask].mean(),
         "policy/sampler_gap": (rollout.logprobs - rollout.sampler_logprobs)[mask].abs().mean(),
-        "val/explained_variance": 1 - residual.var(correction=0) / returns.var(correction=0),
+        "val/explained_variance": 1 - residual.var(correction=0) / sampled.var(correction=0),
     }
     return {name: float(x) for name, x in metrics.items() if x.isfinite()}
 

@@ -1344,7 +1344,7 @@ def test_sample_and_loss_can_be_replaced():
         return rollout
 
     def each_token(prompts, replies):
-        return torch.arange(48.0, requires_grad=True).view(8, 6), {"own": 99.0, "objective/kl": 99.0}
+        return torch.arange(48.0, requires_grad=True).view(8, 6), {"own": 99.0, "lr": 99.0, "objective/kl": 99.0}
 
     def loss(actor, batch, cfg):
         assert not batch.mask[:, 1:2].any()
@@ -1356,7 +1356,7 @@ def test_sample_and_loss_can_be_replaced():
     _, (metrics, _) = trained(settings_of(num_updates=2), each_token, sample=sample, loss=loss)
     assert asked == 2 * [(8, [STOP])]
     assert (metrics["loss/mine"], metrics["grad_norm"]) == (pytest.approx(99), 0)
-    assert metrics["objective/kl"] < metrics["own"] == 99
+    assert metrics["objective/kl"] < metrics["own"] == 99 > metrics["lr"]
 
 
 @pytest.mark.parametrize(
@@ -2564,7 +2564,6 @@ def test_a_compiled_policy_is_trained_and_saved_under_its_own_names(tmp_path, mo
     assert len(task.optimizer.state) == 30
     rollout = P.sample_replies(task.actor, task.prompts, task.stop_ids, task.cfg)
     P.fill_logprobs_and_values(task.actor, torch.compile(task.ref, backend="eager"), rollout, task.cfg)
-    assert rollout.ref_logprobs.isfinite().all()
 
 
 def test_models_as_the_hub_has_them_train(tmp_path):
