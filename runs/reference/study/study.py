@@ -20,7 +20,7 @@ import tasks
 import torch
 from results import FOLDER
 
-NO_CRITIC = dict(vf_coef=0.0)  # V stays the running mean of the returns
+NO_CRITIC = dict(vf_coef=0.0)  # V is the mean of the batch's returns
 EIGHT = dict(samples_per_prompt=8)
 KL_TARGETS = {"demo": 3.0, "sums": 0.5, "ends": 3.0}  # below where the defaults end
 
