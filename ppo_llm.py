@@ -1441,7 +1441,14 @@ def rehearse(task: Task):
         raise ValueError("this model cannot be trained here: a reply is another when padded or cached")
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
     # Two steps: AdamW makes its moments at the end of the first, so only the second needs the memory of training.
-    twice = dataclasses.replace(cfg, num_ppo_epochs=2, num_mini_batches=1, vf_coef=0.0)
+    # Of no more replies at a time than in training, where a minibatch may be smaller than a micro-batch.
+    twice = dataclasses.replace(
+        cfg,
+        num_ppo_epochs=2,
+        num_mini_batches=1,
+        micro_batch_size=min(cfg.micro_batch_size, cfg.batch_size // cfg.num_mini_batches),
+        vf_coef=0.0
+    )
     if not ppo_update(actor, optimizer, rollout, twice)["grad_norm"]:
         raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
     weights = dcp.get_model_state_dict(actor, options=WHOLE)
@@ -1554,14 +1561,15 @@ def evaluate_held_out(task: Task):
     to one prompt are first averaged: they are not independent. As each of several processes must have as many, they
     write a few more, which count nowhere.
     """
+    cfg = task.cfg
     metrics = {"update": task.progress.update}
-    seed_everything(task.cfg.seed)
+    seed_everything(cfg.seed)
     n = len(task.held_out)
-    total = n * max(1, task.cfg.batch_size // n)
+    total = n * max(1, cfg.batch_size // n)
     prompts = (task.held_out * total)[: total + -total % world()[1]]
-    rollout = sample_replies(task.actor, prompts, task.stop_ids, task.cfg)
+    rollout = sample_replies(task.actor, prompts, task.stop_ids, cfg)
     scores, said = task.judge(prompts, rollout.replies())
-    fill_logprobs_and_values(task.actor, task.ref, rollout, task.cfg)
+    fill_logprobs_and_values(task.actor, task.ref, rollout, cfg)
     said = {"score": scores.sum(1), **said, "kl": reply_kl(rollout)}
     for name, x in said.items():
         x = x[:total].view(-1, n).nanmean(0)
