@@ -95,10 +95,17 @@ def make_prompts(size: str) -> list[list[int]]:
 
 
 def make_folder(work: Path, size: str, stops: int = 0) -> Path:
-    """Model, prompts and reward as files. stops: how many of the first token ids end a reply."""
+    """Model, prompts and reward as files. stops: how many of the first token ids end a reply.
+
+    In a process of its own: the peak memory of a child is never below what its parent had when it started.
+    """
     folder = work / f"{size}-{stops}"
-    if folder.exists():
-        return folder
+    if not folder.exists():
+        run(sys.executable, __file__, "folder", folder, size, stops)
+    return folder
+
+
+def write_folder(folder: Path, size: str, stops: int) -> None:
     model = make_model(size)
     model.generation_config.eos_token_id = list(range(stops)) or None
     model.save_pretrained(folder)
@@ -108,7 +115,6 @@ def make_folder(work: Path, size: str, stops: int = 0) -> Path:
             text = " ".join(f"t{i}" for i in row)
             file.write(json.dumps({"prompt": text}) + "\n")
     (folder / "even.py").write_text(REWARD)
-    return folder
 
 
 # What runs in a child process, and how it is started.
@@ -431,6 +437,8 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["trl"]:
         trl(sys.argv[2], *map(int, sys.argv[3:]))
+    elif sys.argv[1:2] == ["folder"]:
+        write_folder(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     elif sys.argv[1:2] == ["matmul"]:
         matmul(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     else:
