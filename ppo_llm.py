@@ -1420,11 +1420,12 @@ def rehearse(task: Task):
     """
     cfg = task.cfg
     actor = task.actor
+    rank, count = world()
     # While they are shards: a forward makes them whole.
     optimizer = torch.optim.AdamW(actor.parameters(), 0.0, fused=True)
     by_length = sorted(task.prompts + task.held_out, key=lambda prompt: len(prompt.ids))
     longest = by_length[-1:] * math.ceil(min(cfg.micro_batch_size, cfg.batch_size) / cfg.samples_per_prompt)
-    prompts = [prompt for prompt in [by_length[0], *longest] * world()[1] for _ in range(cfg.samples_per_prompt)]
+    prompts = [prompt for prompt in [by_length[0], *longest] * count for _ in range(cfg.samples_per_prompt)]
     rollout = sample_replies(actor, prompts, [], cfg)
     fill_logprobs_and_values(actor, task.ref, rollout, cfg)
     task.judge(prompts, rollout.replies())
@@ -1441,18 +1442,18 @@ def rehearse(task: Task):
         raise ValueError("this model cannot be trained here: a reply is another when padded or cached")
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
     # Two steps: AdamW makes its moments at the end of the first, so only the second needs the memory of training.
-    # Of no more replies at a time than in training, where a minibatch may be smaller than a micro-batch.
+    # Of no more replies at a time than in training, where a process's share of a minibatch may be below a micro-batch.
     twice = dataclasses.replace(
         cfg,
         num_ppo_epochs=2,
         num_mini_batches=1,
-        micro_batch_size=min(cfg.micro_batch_size, cfg.batch_size // cfg.num_mini_batches),
+        micro_batch_size=min(cfg.micro_batch_size, cfg.batch_size // cfg.num_mini_batches // count),
         vf_coef=0.0
     )
     if not ppo_update(actor, optimizer, rollout, twice)["grad_norm"]:
         raise ValueError("no weight of the policy would move: expected some with a gradient, which is not 0 everywhere")
     weights = dcp.get_model_state_dict(actor, options=WHOLE)
-    if not world()[0]:
+    if not rank:
         with tempfile.TemporaryDirectory() as path, about(f"{path}: the policy must load as it is, without adapters"):
             own = save_policy(task, weights, path)
             again = load("ModelForCausalLM", path).state_dict()
