@@ -209,11 +209,14 @@ def sentences():
         )
         errors += [100 * row["eval/score_se"] for rows in held_out for row in rows]
     yield (
-        f"- SmolLM2-135M learns sums of pairs from 1 to 20: of 120 held out {before['1-20']}% are right "
-        f"before and {after['1-20']}% after {held_out[0][-1]['update'] * 128:,} replies, of pairs from 2 to 59 "
-        f"{before['2-59']}% and {after['2-59']}% (3 seeds, ± {max(errors):.0f} at most, over sums;"
+        f"- SmolLM2-135M-Instruct (4-bit weights, three shots) learns sums of pairs from 1 to 20: of 120 held out "
+        f"{before['1-20']}% are right before and {after['1-20']}% after {held_out[0][-1]['update'] * 128:,} replies, "
+        f"of pairs from 2 to 59 {before['2-59']}% and {after['2-59']}% "
+        f"(3 seeds, ± {max(errors):.0f} at most, over sums;"
     )
     count = len(runs("critic", "early-128", "critic"))
+    scores = [fmean(run["mean"] for run in runs("critic", "early-128", change))
+              for change in ("critic", "no critic", "group mean")]
     early, end = (
         [results.mean_and_error([fmean(run["path"]) for run in runs("critic", task, change)])
          for change in ("critic", "no critic", "group mean")]
@@ -221,9 +224,10 @@ def sentences():
     )
     yield (
         "- Replies of 128 tokens, J = score − β·KL over a run: where one early token is scored, {:.2f} ± {:.2f} with a "
-        "critic, {:.2f} ± {:.2f} without, {:.2f} ± {:.2f} with a group's mean; ".format(*itertools.chain(*early))
+        "critic, {:.2f} ± {:.2f} without, {:.2f} ± {:.2f} with a group's mean (score alone: {:.2f}, {:.2f}, {:.2f}); "
+        .format(*itertools.chain(*early), *scores)
         + "where all are, but the sum is paid at the end, {:.2f}, {:.2f} and {:.2f}, ".format(*(x for x, _ in end))
-        + f"± {max(error for _, error in end):.2f} ({count} seeds; each at the rate that was best for it at 64 tokens)."
+        + f"± {max(error for _, error in end):.2f} ({count} seeds; each at the rate best for it at 64 tokens)."
     )
     to_goal = [
         fmean(results.replies_to_goal(run, results.GOALS[task]) for run in runs("critic", f"{task}-128", change))
@@ -239,8 +243,9 @@ def sentences():
     errors = [results.mean_and_error(xs) for xs in ends]
     assert all(results.chance(mean / error, len(xs) - 1) > 0.05 for xs, (mean, error) in zip(ends, errors))
     yield (
-        f"- One epoch, not four, gains {losses('1 epoch')} less score over a run on three small tasks "
-        f"({min(map(len, ends))} to {max(map(len, ends))} seeds); J at its end cannot be told apart."
+        f"- One epoch, not four, at the same rate, gains {losses('1 epoch')} less training score over a run on "
+        f"three small tasks ({min(map(len, ends))} to {max(map(len, ends))} seeds); "
+        "held-out J at its end cannot be told apart."
     )
     short, full = (
         results.mean_and_error([fmean(run["path"]) for run in runs("critic", "early-64", change)])
