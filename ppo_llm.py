@@ -410,9 +410,9 @@ class Actor(nn.Module):
 
     lm: the model, which is trained in place, and whose output head becomes a `Head`; adapters of peft may sit on its
     layers, not on the head.
-    dtype: of all matrix products but those of the two heads (autocast). float32, the default, is no autocast: they are
-    of the weights' type. Not float16, whose gradients would need a scale. Weights that are trained must be float32 or
-    wider, or ValueError.
+    dtype: of all matrix products (autocast) but those of the two heads, and of experts where transformers groups them,
+    which are of the weights' type. So are all in float32, the default, where there is no autocast. Not float16, whose
+    gradients would need a scale. Weights that are trained must be float32 or wider, or ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work. It must be causal,
     else a value would know the tokens that follow, and must have the policy's token ids.
     """
@@ -507,7 +507,8 @@ def left_pad(sequences):  # -> [B, P], [B, P]
 
 
 def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg: PPOConfig) -> Rollout:
-    """A rollout with a reply to each prompt, sampled without top-k or top-p. Fields that have a default stay None.
+    """A rollout with a reply to each prompt, sampled without top-k or top-p. Fields that have a default stay None. What
+    takes its place in Part II must be as wide: T is cfg.response_length there.
 
     One random number per token is drawn for all replies beforehand: so, up to rounding, a reply depends neither on its
     neighbours nor on the device. Eight micro-batches are decoded together, as no activations are kept.
@@ -988,9 +989,9 @@ def encode(tokenizer, rows, vocabulary, room):
         with about(f"the prompt {row!r:.300}: expected a text, or chat messages, under prompt"):
             text = row["prompt"]
             if isinstance(text, str):
-                bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+                bare = tokenizer.encode(text, add_special_tokens=False)
                 # A text that has its BOS already gets no second one.
-                ids = bare if bare[:1] == [tokenizer.bos_token_id] else tokenizer(text)["input_ids"]
+                ids = bare if bare[:1] == [tokenizer.bos_token_id] else tokenizer.encode(text)
                 is_over = bare and bare[-1] != ids[-1]  # as with [SEP] of BERT's tokenizers
             else:
                 ids = tokenizer.apply_chat_template(
@@ -1036,15 +1037,14 @@ def load_reward(spec):
         return getattr(module, name)
 
 
-def load_reward_model(name, device: torch.device, cfg: Config):
+def load_reward_model(name, device, cfg: Config):
     """A sequence classifier as a reward function: the logit of its label, or of --reward-label if it has several.
 
     It reads prompt and reply together, by its own tokenizer and chat template; of texts too long for it, the end. A
     text at a time: how padding must be masked differs between classifiers. It is not shown whether a reply has ended,
     as its EOS may be another: --missing-eos-penalty is for that.
     """
-    # Float32: in bfloat16 scores near 20 are 0.125 apart.
-    model = load("ModelForSequenceClassification", name).to(device).float()
+    model = load("ModelForSequenceClassification", name).to(device)
     tokenizer = load("Tokenizer", name)
     tokenizer.truncation_side = "left"
     labels = {label: i for i, label in model.config.id2label.items()}  # not in the order of i in every config.json
@@ -1202,9 +1202,11 @@ def load(auto_class, name):
 
     with about(f"{name} as {auto_class}"):
         auto = getattr(transformers, f"Auto{auto_class}")
-        if not auto_class.startswith("Model"):
+        if auto_class == "Tokenizer":
             return auto.from_pretrained(name)
-        model, info = auto.from_pretrained(name, output_loading_info=True)
+        # Not in the type of the file: in bfloat16 scores of a reward model near 20 are 0.125 apart, and Gemma rounds a
+        # factor of its embeddings, which the policy that is saved in float32 does not.
+        model, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         if hasattr(model, "peft_config"):  # of their folder, `info` does not say what is missing
             raise ValueError("it holds adapters: merge them first")
         if info["missing_keys"]:
@@ -1219,16 +1221,15 @@ def most_tokens(model):
 
 def pick_device(cfg: Config):
     """Where to compute, and the type of matrix products."""
-    # A cache that grows leaves blocks behind that fit nothing else: 18 times the memory that is in use.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with about(f"--device {cfg.device}"):
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(best if cfg.device == "auto" else cfg.device)
         torch.empty(0, device=device)
     is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = ("bfloat16" if is_fast else "float32") if cfg.dtype == "auto" else cfg.dtype
-    # The float32 products of the two heads by TF32: error 5e-4, 7 times as fast. The model has no others: transformers
-    # made rotary angles by one up to 5.18. But a float32 reward model on the same GPU computes by TF32 too.
+    # The float32 products of the two heads by TF32: error 5e-4, 7 times as fast. So are those of experts, where
+    # transformers groups them and autocast does not reach them, and those of a reward model on the same GPU. There are
+    # no others: transformers made rotary angles by one up to 5.18.
     torch.set_float32_matmul_precision("high" if is_fast and dtype == "bfloat16" else "highest")
     return device, getattr(torch, dtype)
 
@@ -1239,7 +1240,7 @@ def layers_of(model):
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def make_actors(cfg: Config, model: nn.Module, device: torch.device, dtype: torch.dtype):
+def make_actors(cfg: Config, model: nn.Module, device, dtype):
     """The policy with its critic, and the frozen reference."""
     from torch.utils.checkpoint import checkpoint
 
@@ -1278,6 +1279,9 @@ def make_optimizer(cfg: Config, actor: Actor):
 
 def start_processes():
     """Join those that torchrun started, if it did. Only the first prints."""
+    # A cache that grows leaves blocks behind that fit nothing else: 18 times the memory that is in use. CUDA reads this
+    # once, at the latest when a process takes its device.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "gloo"
         if torch.cuda.is_available():
@@ -1353,7 +1357,7 @@ def fingerprint(model, prompts):
     file of a reward need not: what is wrong in it may be mended."""
     parts = {
         "the model": [
-            hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy()).digest() for x in model.state_dict().values()
+            hashlib.sha256(x.cpu().flatten().numpy()).digest() for x in model.state_dict().values()
         ],
         "the prompts": [prompt.row for prompt in prompts]  # not their tokens: a chat template may write the date
     }
@@ -1368,7 +1372,7 @@ def read_config(run):
         return Config(**settings), saved["fingerprint"]
 
 
-def resume(task: Task, initial: dict):
+def resume(task: Task, initial):
     """Go back to the run's checkpoint, and cut the logs to it. Without one the run begins anew. initial: `fingerprint`.
     """
     cfg_before, initial_before = read_config(task.run)
@@ -1429,15 +1433,16 @@ def rehearse(task: Task):
     rollout = sample_replies(actor, prompts, [], cfg)
     fill_logprobs_and_values(actor, task.ref, rollout, cfg)
     task.judge(prompts, rollout.replies())
-    start = prompts[0].ids
-    ids = torch.tensor([start + rollout.replies()[0][:8]], device=actor.lm.device)
+    reply = rollout.responses[:1, :8]
+    ids = torch.tensor([prompts[0].ids + reply[0].tolist()], device=actor.lm.device)
     with torch.no_grad():  # as the model is called by others: with positions of its own
-        alone = actor.lm(ids).logits[:, len(start) - 1 : -1] / cfg.temperature
-    alone = logprobs_from_logits(alone, ids[:, len(start) :]).cpu()
-    beside = rollout.logprobs
+        logits = actor.lm(ids).logits[:, -1 - reply.shape[1] : -1].cpu() / cfg.temperature
+    alone = logprobs_from_logits(logits, reply).where(rollout.mask[:1, :8], 0)
+    beside = rollout.logprobs  # 0 outside the mask, as `alone`
     # A sum, as `max` may lose a NaN. Means over a reply: in bfloat16 a single token may differ much, as where a router
     # rounds to another expert.
-    gap = F.l1_loss(alone, beside[:1, :8]) + (rollout.sampler_logprobs - beside).abs().mean(1).max()
+    gap = F.l1_loss(alone, beside[:1, :8])
+    gap += (rollout.sampler_logprobs - beside).where(rollout.mask, 0).abs().mean(1).max()
     if not gap <= (0.02 if actor.dtype == torch.float32 else 0.25) * beside.std() + 1e-3:
         raise ValueError("this model cannot be trained here: a reply is another when padded or cached")
     rollout.advantages = rollout.returns = torch.ones_like(rollout.values)
@@ -1490,7 +1495,7 @@ def prepare(
     if model is None and cfg.model:
         model = load("ModelForCausalLM", cfg.model)
     if model is not None:
-        tokenizer = tokenizer or load("Tokenizer", cfg.model or model.name_or_path)
+        tokenizer = tokenizer or load("Tokenizer", model.name_or_path)
     elif prompts or eval_prompts or cfg.prompts or cfg.eval_prompts or rewards:
         raise ValueError("prompts and rewards need a model: give --model too")
     else:
@@ -1512,9 +1517,9 @@ def prepare(
         train_prompts = [prompt for prompt in train_prompts if str(prompt.ids) in distinct]
     if not train_prompts:
         raise ValueError("there is no prompt to train on: expected --prompts FILE")
-    initial = fingerprint(model, train_prompts + held_out)
     with about(f"{type(model).__name__} cannot be trained here: expected a causal language model of transformers"):
         actor, ref = make_actors(cfg, model, device, dtype)
+    initial = fingerprint(ref.lm, train_prompts + held_out)
     # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. The value head's do
     # not, as `fit_returns` writes into them.
     shard(ref.lm, True)
@@ -1657,12 +1662,11 @@ def run_task(task: Task):
     with finish_on_signal(go_on) as asked, bar, task.lock:
         if not progress.update:
             evaluate()
-        updates = ppo(
-            task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress,
-            sample_replies, ppo_loss  # those of now: others may have been put into the module
-        )
         try:
-            for metrics, samples in updates:
+            for metrics, samples in ppo(
+                task.actor, task.ref, task.optimizer, task.prompts, task.score, task.stop_ids, cfg, progress,
+                sample_replies, ppo_loss  # those of now: others may have been put into the module
+            ):
                 log(metrics, samples)
                 bar.set_postfix_str(
                     f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:z.1f}, "
@@ -1692,8 +1696,9 @@ def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, ev
 
     prompts, eval_prompts: texts, chats, or dicts with "prompt" and columns for the reward. reward: one or several
     functions f(prompts, completions, **columns) that give, for each reply, a number, a list of one for each of its
-    tokens, or None. model, tokenizer: of transformers; this model is trained. Without a tokenizer it is the one of the
-    folder that the model came from.
+    tokens, or None. model, tokenizer: of transformers; this model is trained. Load it in float32, as it is saved: in
+    bfloat16 Gemma has another factor of its embeddings. Without a tokenizer it is the one of the folder that the model
+    came from.
     Raises whatever is wrong, with notes that say what it is about. KeyboardInterrupt: see `run_task`. To go on with a
     run, call it again with the same arguments, the model loaded anew, and the folder as `resume` of cfg.
     """
@@ -1801,7 +1806,7 @@ class Flags:
     run: RunConfig
 
 
-def parse(argv) -> Config:
+def parse(argv):
     """The command line, a list of strings, as a Config. Its defaults are those of the resumed run, or the demo's if
     there is no model."""
     import tyro
