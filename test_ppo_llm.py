@@ -2603,7 +2603,7 @@ def test_every_weight_is_in_one_group_and_none_decays(tmp_path):
 
 
 def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch):
-    """Of several GPUs each process takes the one that torchrun gives it."""
+    """Of several GPUs each process takes the one that torchrun gives it, when its memory is set."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
     torch.set_float32_matmul_precision("high")  # as a run in bfloat16 left it
     found = [P.pick_device(quick(tmp_path, device=name))[0].type for name in ("auto", "cpu")]
@@ -2612,16 +2612,17 @@ def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch):
     taken = []
     for owner, name, value in (
         (torch.cuda, "is_available", lambda: True),
-        (torch.cuda, "set_device", taken.append),
+        (torch.cuda, "set_device", lambda i: taken.append((i, os.environ["PYTORCH_ALLOC_CONF"]))),
         (P.dist, "init_process_group", taken.append),
         (P.dist, "get_rank", lambda: 0),
         (P.atexit, "register", lambda *_: None),
     ):
         monkeypatch.setattr(owner, name, value)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     P.start_processes()
-    assert taken == [3, "cpu:gloo,cuda:nccl"]
+    assert taken == [(3, "expandable_segments:True"), "cpu:gloo,cuda:nccl"]
 
 
 # -------------------------------------------------------------------------------------------------- the folder of a run
