@@ -1356,9 +1356,7 @@ def fingerprint(model, prompts):
     """What must be the same on a resume, besides the settings: another model must not become the reference unseen. The
     file of a reward need not: what is wrong in it may be mended."""
     parts = {
-        "the model": [
-            hashlib.sha256(x.cpu().flatten().numpy()).digest() for x in model.state_dict().values()
-        ],
+        "the model": [hashlib.sha256(x.cpu().flatten().numpy()).digest() for x in model.state_dict().values()],
         "the prompts": [prompt.row for prompt in prompts]  # not their tokens: a chat template may write the date
     }
     return {name: hashlib.sha256(repr(x).encode()).hexdigest() for name, x in parts.items()}
