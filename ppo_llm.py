@@ -18,13 +18,13 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
      `Rollout` holds the replies and all that is computed for them.
   2. Score: a function of yours gives each reply a number, or one for each of its tokens.
   3. Log-probabilities and values: the policy gives log π of each token of the replies. The critic, by default a second
-     head of the policy, gives the value V of the state before that token, which is the prompt and the reply so far: it
+     head of the policy, gives V, the value of the state before each token (a state is prompt and reply so far): it
      predicts what the reply earns from there on. One forward pass gives both; a critic that is a model of its own takes
      another. A frozen copy of the first policy, the reference, gives log π_ref (`fill_logprobs_and_values`).
   4. Advantages: the reward of a token is its score less β·KL_t, the price of leaving the reference. KL_t is the token's
-     log π - log π_ref, in nats, and its mean the KL. A return, which V predicts, is the sum of the rewards from a token
-     on, so a score at the end reaches every token. An advantage is how much better the reply went on than predicted: by
-     default (λ = 1) the return less V. Then all get mean 0 and variance 1 (`compute_advantages`).
+     log π - log π_ref, in nats; its sum over a reply is the KL. A return, which V predicts, is the sum of the rewards
+     from a token on, so a score at the end reaches every token. An advantage is how much better the reply went on than
+     predicted: by default (λ = 1) the return less V. Then all get mean 0 and variance 1 (`compute_advantages`).
   5. Update: several epochs of minibatches on the policy loss, PPO's clipped surrogate, and the value loss
      (`ppo_update`). In its formulas the policy that wrote the replies is the old one, that of now the new one.
   6. Metrics: what happened, as means over replies or over the tokens that were trained on (`rollout_metrics`).
@@ -129,8 +129,8 @@ def kl_estimate(
     """Estimate KL(policy ‖ reference) per token, in nats, from tokens that the policy sampled (Schulman 2020).
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
-    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: as no gradient flows through a
-    reward, the term with the gradient of d is missing, and only for k1 has this term a mean of 0. KeyError for any
+    negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: the gradient of a mean of k is the
+    mean of k·∇log π + ∇k. A reward gives only the first term, and ∇k has a mean of 0 only for k1. KeyError for any
     other kind.
     """
     d = logprobs - ref_logprobs
@@ -160,9 +160,9 @@ def token_rewards(
     """
     T = mask.shape[1]
     if scores.ndim == 1:
-        scores = F.pad(scores.unsqueeze(1), (T - 1, 0))  # in the last column, from where it goes back too
-    # [B, T], for each column the number, from 1 on, of the last written token up to it, 0 if there is none: the mask
-    # 0 1 1 0 0 1 gives 0 2 3 3 3 6. What nobody earned is added up in a column 0, which is cut off.
+        scores = F.pad(scores.unsqueeze(1), (T - 1, 0))  # in the last column, and moved as below
+    # [B, T], for each column the column, counted from 1, of the last written token up to it, 0 if there is none: the
+    # mask 0 1 1 0 0 1 gives 0 2 3 3 3 6. Scores that nobody earned are added up in column 0, which is cut off.
     earner = torch.where(mask, torch.arange(1, T + 1, device=mask.device), 0).cummax(1).values
     rewards = scores.new_zeros(len(scores), T + 1).scatter_add(1, earner, scores)[:, 1:]
     if kl_coef:  # else the KL need not even be known
@@ -210,11 +210,11 @@ def policy_loss(
 
     A is the advantage: a token that went better than predicted, A > 0, is made likelier, one that went worse less
     likely. At ρ = 1 the gradient of ρA is A·∇log π. Its mean over samples has the direction of the gradient of the
-    expected return: it is the policy gradient. That A has V subtracted does not change this mean, only its noise. One
-    batch is used for several steps, after the first of which the policy is no longer the one that sampled it: ρ
-    corrects for that, and with the clip nothing is gained by moving ρ further than ε from 1. A token whose ρ has left
-    [1-ε, 1+ε] in the direction that A asks for has no gradient any more; one that has left it in the other direction
-    keeps its gradient.
+    expected return, for which the surrogate stands in: it is the policy gradient. That A has V subtracted does not
+    change this mean, only its noise. One batch is used for several steps, after the first of which the policy is no
+    longer the one that sampled it: ρ corrects for that, and with the clip nothing is gained by moving ρ further than ε
+    from 1. A token whose ρ has left [1-ε, 1+ε] in the direction that A asks for has no gradient any more; one that has
+    left it in the other direction keeps its gradient.
 
     cliprange_high: upper ε (clip-higher, DAPO, arXiv 2503.14476); None: the same as the lower.
     stats: over the mask, the k3 estimate of KL(old ‖ new), the share of tokens where the clip binds, and the mean of ρ.
@@ -290,7 +290,7 @@ class PPOConfig:
     # Update.
     num_ppo_epochs: Count = 4  # passes over each batch
     num_mini_batches: Count = 4  # optimizer steps per pass
-    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits: up to 6·b·T·vocabulary·4 bytes
+    micro_batch_size: Count = 16  # replies at a time, b (8b in sampling); logits: up to 6 float32 copies of b·T·vocab
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # of each learning rate, after the warm-up
     warmup_updates: Whole = 0  # first updates of the run, in which learning rates rise linearly
     max_grad_norm: Positive = 1.0  # gradient clipping
@@ -365,8 +365,8 @@ class Rollout:
 
 # Every process holds the whole rollout and computes some rows of it, with 0 in the others: their sum is the whole. With
 # one process world() is (0, 1), and all_sum changes nothing. With several, the group must take tensors of CPU and GPU
-# ("cpu:gloo,cuda:nccl"). Part I does not exchange gradients: what spreads the model over the processes must, and must
-# add them up, not average them. Each process decodes until its own replies have ended, so there the policy's forward
+# ("cpu:gloo,cuda:nccl"). Part I does not add up the gradients of the processes: what spreads the model over them must
+# do so, and not average them. Each process decodes until its own replies have ended, so there the policy's forward
 # pass must not wait for the others. Part II uses FSDP2, told to add up, with reshard_after_forward=False.
 
 
@@ -410,9 +410,9 @@ class Actor(nn.Module):
 
     lm: the model, which is trained in place, and whose output head becomes a `Head`; adapters of peft may sit on its
     layers, not on the head.
-    dtype: of all matrix products (autocast) but those of the two heads, and of experts where transformers groups them,
-    which are of the weights' type. So are all in float32, the default, where there is no autocast. Not float16, whose
-    gradients would need a scale. Weights that are trained must be float32 or wider, or ValueError.
+    dtype: of matrix products (autocast). Exceptions: the two heads, float32 or wider; experts that transformers groups,
+    of the weights' type. At float32, the default, no autocast: all but the heads are of the weights' type. Not float16,
+    whose gradients would need a scale. Weights that are trained must be float32 or wider, or ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work. It must be causal,
     else a value would know the tokens that follow, and must have the policy's token ids.
     """
@@ -434,7 +434,7 @@ class Actor(nn.Module):
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=self.real)
         for weight in self.value_head.parameters():
             nn.init.zeros_(weight)  # V starts at 0 in all states, not at random
-        self.register_buffer("spread", self.value_head.bias.new_zeros(()))  # the largest so far, 0 before the first
+        self.register_buffer("spread", self.value_head.bias.new_zeros(()))  # the largest of returns so far, at first 0
 
     @property
     def unit(self):  # []
@@ -507,8 +507,8 @@ def left_pad(sequences):  # -> [B, P], [B, P]
 
 
 def sample_replies(actor: Actor, prompts: list[Prompt], stop_ids: list[int], cfg: PPOConfig) -> Rollout:
-    """A rollout with a reply to each prompt, sampled without top-k or top-p. Fields that have a default stay None. What
-    takes its place in Part II must be as wide: T is cfg.response_length there.
+    """A rollout with a reply to each prompt, sampled without top-k or top-p. Fields that have a default stay None.
+    T is cfg.response_length; Part II's scores need that width of any other `sample` too.
 
     One random number per token is drawn for all replies beforehand: so, up to rounding, a reply depends neither on its
     neighbours nor on the device. Eight micro-batches are decoded together, as no activations are kept.
@@ -785,8 +785,8 @@ def ppo(
 
 
 def check(cfg: PPOConfig):
-    """ValueError for settings that do not fit together. Several processes may share the replies out by whole prompts,
-    as Part II does."""
+    """ValueError for settings that do not fit together. Each of several processes gets as many replies of a minibatch
+    as any other and, where Part II scores, whole prompts."""
     if cfg.kl_target and not cfg.kl_coef:
         raise ValueError("kl_target: expected with it a kl_coef above 0")
     parts = world()[1] * math.lcm(cfg.num_mini_batches, cfg.samples_per_prompt)
