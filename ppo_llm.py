@@ -1282,7 +1282,7 @@ def start_processes():
     # A cache that grows leaves blocks behind that fit nothing else: 18 times the memory that is in use. CUDA reads this
     # once, at the latest when a process takes its device.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(dist.get_node_local_rank())
@@ -1647,6 +1647,7 @@ def run_task(task: Task):
                 for name in metrics if "eval/" in name and not name.endswith("_se")
             )
             bar.write(f"\nHeld-out, update {progress.update}: {means}")
+        if held_out or not task.held_out and is_due(cfg.eval_every):  # where none is held out, replies of training
             for row in rows:
                 bar.write("  " + " ".join(f"{str(row['prompt'])[-200:]} | {row['reply'][:300]}".split()))
 

@@ -2619,7 +2619,7 @@ def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(owner, name, value)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "3")
     P.start_processes()
     assert taken == [(3, "expandable_segments:True"), "cpu:gloo,cuda:nccl"]
@@ -2841,6 +2841,12 @@ def test_a_run_says_how_it_goes(tmp_path, capsys, monkeypatch):
     assert f"from_pretrained('{run}/policy')" in shown.out
 
 
+def test_where_no_prompt_is_held_out_replies_of_training_are_shown(tmp_path, capsys):
+    """Four each time."""
+    P.train(quick(tmp_path, num_updates=3, eval_every=2), ["a"], worth, model_of(), letters())
+    assert capsys.readouterr().out.count("  a | ") == 2 * 4
+
+
 # -------------------------------------------------------------------------------------- a device that is not the CPU
 # Its tensors say "far:0", hold real numbers and compute on the CPU. A tensor of the CPU among them is an error, as on a
 # GPU, and what makes the host wait for the device is counted by the function that asked.
@@ -3010,7 +3016,7 @@ def torchrun(count, function, *folders):
     code = f"import sys, {__name__} as T; sys.exit(T.{function.__name__}(*{[*map(str, folders)]}))"
     words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--no-python"]
     words = [sys.executable, *words, sys.executable, "-c", code]
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stderr
 
 
@@ -3147,9 +3153,10 @@ def test_published_numbers_are_those_of_the_rows():
 # ------------------------------------------------------------------------------------------- scripts that take long
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def printed(request, tmp_path_factory):
-    """What a script prints. Those of all tests that were selected run two at a time, as each has one thread."""
+    """What a script prints. Those of all tests that were selected run two at a time, each with one thread, from the
+    beginning of the session on, beside the other tests."""
 
     def run(script):
         words = [sys.executable, *script.replace("TMP", str(tmp)).split()]
