@@ -21,10 +21,11 @@ Start reading at `ppo`, near the end of Part I: it is the loop, and one update o
      head of the policy, gives V, the value of the state before each token (a state is prompt and reply so far): it
      predicts what the reply earns from there on. One forward pass gives both; a critic that is a model of its own takes
      another. A frozen copy of the first policy, the reference, gives log π_ref (`fill_logprobs_and_values`).
-  4. Advantages: the reward of a token is its score less β·KL_t, the price of leaving the reference. KL_t is the token's
-     log π - log π_ref, in nats; its sum over a reply is the KL. A return, which V predicts, is the sum of the rewards
-     from a token on, so a score at the end reaches every token. An advantage is how much better the reply went on than
-     predicted: by default (λ = 1) the return less V. Then all get mean 0 and variance 1 (`compute_advantages`).
+  4. Advantages: the reward of a token is its score less β·KL_t, the price of leaving the reference. By default KL_t is
+     the token's log π - log π_ref, in nats; its sum over a reply estimates the KL. A return, which V predicts, is the
+     sum of the rewards from a token on, so a score at the end reaches every token. An advantage is how much better the
+     reply went on than predicted: by default (λ = 1) the return less V. Then all get mean 0 and variance 1
+     (`compute_advantages`).
   5. Update: several epochs of minibatches on the policy loss, PPO's clipped surrogate, and the value loss
      (`ppo_update`). In its formulas the policy that wrote the replies is the old one, that of now the new one.
   6. Metrics: what happened, as means over replies or over the tokens that were trained on (`rollout_metrics`).
@@ -36,14 +37,14 @@ Three choices of this file that the papers below do not have:
   no change whether scores are of size 0.01 or 100, or all near 1000. (kl_coef must follow: its unit is score per nat.)
 - Step 5 ends early when KL(old ‖ new), between the policy that wrote the replies and that of now, passes `target_kl`.
   OpenAI's Spinning Up has such a stop too.
-- All random numbers of an update come from (seed, update), and the order of the prompts from (seed, pass), so that a
-  resumed run needs no state of any generator.
+- All random numbers of an update come from (seed, update), and the order of the prompts from (seed, number of the pass
+  over them), so that a resumed run needs no state of any generator.
 
 Left out on purpose: top-k and top-p. They change the probabilities by which tokens are sampled, so π would be wrong.
 
 Shapes: B replies, P prompt tokens (padded on the left), T reply tokens (padded on the right), vocab tokens that the
-model knows; b are the replies of a micro-batch, which has its own P and T, as long as its longest. Everything of the RL
-part is aligned to the reply, [B, T].
+model knows; b are the replies of a micro-batch, which in training has its own P and T, as long as its longest. What
+each token has is aligned to the reply, [B, T].
 
 Papers: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2015 (1506.02438); RLHF with a KL penalty,
 Ziegler et al. 2019 (1909.08593); KL estimators, Schulman 2020 (joschu.net/blog/kl-approx.html).
@@ -130,8 +131,8 @@ def kl_estimate(
 
     With d = log π - log π_ref at the sampled token: k1 = d, unbiased, may be negative; k2 = d²/2, biased but never
     negative; k3 = e^-d - 1 + d, unbiased and never negative. In the reward keep k1: the gradient of a mean of k is the
-    mean of k·∇log π + ∇k. A reward gives only the first term, and ∇k has a mean of 0 only for k1. KeyError for any
-    other kind.
+    mean of k·∇log π + ∇k. A reward gives only the first term (see `policy_loss`), and ∇k has a mean of 0 only for k1.
+    KeyError for any other kind.
     """
     d = logprobs - ref_logprobs
     return {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d}[kind]
@@ -209,12 +210,12 @@ def policy_loss(
     """The clipped surrogate, PPO eq. 7, negated: -mean min(ρA, clip(ρ, 1-ε, 1+ε)A) with ρ = π_new / π_old.
 
     A is the advantage: a token that went better than predicted, A > 0, is made likelier, one that went worse less
-    likely. At ρ = 1 the gradient of ρA is A·∇log π. Its mean over samples has the direction of the gradient of the
-    expected return, for which the surrogate stands in: it is the policy gradient. That A has V subtracted does not
-    change this mean, only its noise. One batch is used for several steps, after the first of which the policy is no
-    longer the one that sampled it: ρ corrects for that, and with the clip nothing is gained by moving ρ further than ε
-    from 1. A token whose ρ has left [1-ε, 1+ε] in the direction that A asks for has no gradient any more; one that has
-    left it in the other direction keeps its gradient.
+    likely. At ρ = 1 the gradient of ρA is A·∇log π. Its mean over samples points along the gradient of the expected
+    return: it is the policy gradient. That A has V subtracted does not change this mean, as ∇log π has mean 0 in each
+    state, only its noise. One batch is used for several steps, after the first of which the policy is no longer the one
+    that sampled it: ρ corrects for that at its own token, not for the tokens before and after, and with the clip
+    nothing is gained by moving ρ further than ε from 1. A token whose ρ has left [1-ε, 1+ε] in the direction that A
+    asks for has no gradient any more; one that has left it in the other direction keeps its gradient.
 
     cliprange_high: upper ε (clip-higher, DAPO, arXiv 2503.14476); None: the same as the lower.
     stats: over the mask, the k3 estimate of KL(old ‖ new), the share of tokens where the clip binds, and the mean of ρ.
@@ -410,9 +411,10 @@ class Actor(nn.Module):
 
     lm: the model, which is trained in place, and whose output head becomes a `Head`; adapters of peft may sit on its
     layers, not on the head.
-    dtype: of matrix products (autocast). Exceptions: the two heads, float32 or wider; experts that transformers groups,
-    of the weights' type. At float32, the default, no autocast: all but the heads are of the weights' type. Not float16,
-    whose gradients would need a scale. Weights that are trained must be float32 or wider, or ValueError.
+    dtype: of matrix products (autocast). Exceptions: the two heads, float32 or wider; experts (MoE) whose products
+    transformers does in one grouped call, of the weights' type. At float32, the default, no autocast: all but the heads
+    are of the weights' type. Not float16, whose gradients would need a scale. Weights that are trained must be float32
+    or wider, or ValueError.
     critic: the model whose hidden states the value head reads; None: the policy's, at half the work. It must be causal,
     else a value would know the tokens that follow, and must have the policy's token ids.
     """
@@ -421,12 +423,15 @@ class Actor(nn.Module):
         super().__init__()
         self.dtype = dtype
         # No dropout, else the first ratio of new to old is not 1. In eval mode transformers' own gradient checkpointing
-        # does nothing.
+        # is off: Part II wraps the layers itself.
         self.lm = lm.eval()
         self.critic = None if critic is None else critic.base_model.eval()
         for name, weight in self.named_parameters():
             if weight.requires_grad and weight.dtype.itemsize < 4:
-                raise ValueError(f"{name} is {weight.dtype}: expected float32, for AdamW's small steps; call .float()")
+                raise ValueError(
+                    f"{name} is {weight.dtype}: expected float32, for AdamW's small steps; call .float(), or "
+                    ".requires_grad_(False) where it is not trained"
+                )
         head = lm.get_output_embeddings()
         head.__class__ = Head  # the same weights: what is tied stays tied
         width = head.in_features if critic is None else critic.get_input_embeddings().embedding_dim
@@ -434,7 +439,7 @@ class Actor(nn.Module):
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=self.real)
         for weight in self.value_head.parameters():
             nn.init.zeros_(weight)  # V starts at 0 in all states, not at random
-        self.register_buffer("spread", self.value_head.bias.new_zeros(()))  # the largest of returns so far, at first 0
+        self.register_buffer("spread", self.value_head.bias.new_zeros(()))  # the largest std of returns so far
 
     @property
     def unit(self):  # []
@@ -447,11 +452,11 @@ class Actor(nn.Module):
         far, it becomes the critic's unit, and the head is rescaled so that no V changes. Then `shift`, the mean of
         return - V, is added to every V.
 
-        After PopArt, arXiv 1809.04474. Errors of the critic then have mean 0 and a size of about 1, whatever the scores
-        are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not disturb the
-        weights that critic and policy share. The unit never shrinks: a policy that has learned gives almost equal
-        returns, and small differences of them must not become huge errors. So one outlier makes it too large for the
-        rest of the run: clip scores that may have outliers.
+        After PopArt, arXiv 1809.04474. Errors of the critic then have mean 0, and at first a size of about 1, whatever
+        the scores are. So vf_coef and the value clip mean the same for all, and a constant in all scores does not
+        disturb the weights that critic and policy share. The unit never shrinks: a policy that has learned gives almost
+        equal returns, and small differences of them must not become huge errors. So one outlier makes it too large for
+        the rest of the run: clip scores that may have outliers.
         """
         before = float(self.unit)
         self.spread.clamp_(min=spread)
@@ -575,9 +580,8 @@ def fill_logprobs_and_values(actor: Actor, ref: Actor | None, rollout: Rollout, 
         outputs.append(math.nan * outputs[0] if ref is None else ref(batch, cfg.temperature, with_entropy=False)[0])
         filled[:, rows, : batch.mask.shape[1]] = torch.stack(outputs).cpu()
     filled = torch.where(rollout.mask, all_sum(filled), 0.0)
-    # A sum is NaN or infinite where a part of it is. The fourth is the reference's.
-    sums = filled[: 3 if ref is None else 4] + rollout.sampler_logprobs
-    if not sums[:, rollout.mask].isfinite().all():
+    known = [*filled[: 3 if ref is None else 4], rollout.sampler_logprobs]  # the fourth is the reference's
+    if not all(x[rollout.mask].isfinite().all() for x in known):
         raise FloatingPointError("probabilities or values are NaN or infinite; in training, lower the learning rate")
     rollout.logprobs, rollout.entropy, rollout.values, rollout.ref_logprobs = filled
 
@@ -637,8 +641,8 @@ def ppo_update(
 
     Each trained token of a step has the same weight, however the step is cut into micro-batches. Statistics are of the
     policy before the step. A step before which KL(old ‖ new) is above target_kl is not taken and ends the update; it
-    counts in the means. FloatingPointError for a step whose loss, gradient or a statistic is NaN or infinite, which is
-    not taken either. critic_only: the policy's model gets no gradient.
+    counts in the means. FloatingPointError for a step with a statistic or a gradient norm that is NaN or infinite,
+    which is not taken either. critic_only: the policy's model gets no gradient.
     """
     minibatches = [
         indices
@@ -668,8 +672,7 @@ def ppo_update(
             break
         optimizer.step()
         taken += 1
-    # Gradients would take memory while the next replies are sampled.
-    optimizer.zero_grad()
+    actor.zero_grad()  # gradients would take memory while the next replies are sampled
     return {name: fmean(step[name] for step in steps) for name in steps[0]} | {"policy/steps": taken}
 
 
@@ -701,18 +704,18 @@ def ppo(
     four replies, each as (prompt, token ids, sum of its scores, KL in nats or NaN without a reference). A generator: it
     trains while it is iterated.
 
-    ref: the frozen first policy, with weights of its own. None is allowed where kl_coef is 0: it saves memory, and the
-    metrics have no KL.
+    ref: the first policy, frozen, with weights of its own: Actor(copy.deepcopy(lm)).requires_grad_(False). None is
+    allowed where kl_coef is 0: it saves memory, and the metrics have no KL.
     optimizer: of `actor.parameters()`, which include the value head, in any groups. In each update every group gets its
     own initial rate times the schedule.
-    score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are floats in a
-    tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width of the
-    rollout, by default cfg.response_length; metrics are floats by name, to be logged. With several processes `score`
-    must give the same in all.
+    score(prompts, replies) -> (scores, metrics): gets the `Prompt` and token ids of each reply; scores are finite
+    floats in a tensor on the CPU, [B], or [B, T] with a number for the t-th token of a reply in column t, T the width
+    of the rollout, by default cfg.response_length; metrics are floats by name, to be logged. With several processes
+    `score` must give the same in all.
     stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
-    progress.update counts finished updates, so it is 0 during the first: `score`, `sample` and `loss` may read it, for
-    a coefficient that changes. progress.kl_coef is the β of now.
+    progress.update counts finished updates, so it is 0 during the first: functions of yours that know it may read it,
+    for a coefficient that changes. progress.kl_coef is the β of now.
     sample(actor, prompts, stop_ids, cfg) -> Rollout: a function in place of `sample_replies`, such as an environment or
     a serving engine. It gives the whole rollout, in each process the same: a row for each prompt in their order, and
     all fields that have no default.
@@ -863,6 +866,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -949,8 +953,8 @@ class Config(TaskConfig, PPOConfig, RunConfig):
             with about(f"--{name.replace('_', '-')} {x!r}"):
                 check_type(x, hint)
                 for kind in (hint, *typing.get_args(hint)):  # Annotated[...], or one of those in a union
-                    expected, holds = getattr(kind, "__metadata__", ("", bool))
-                    if expected and x is not None and not holds(x):
+                    expected, holds = getattr(kind, "__metadata__", ("a text that is not empty", lambda x: x != ""))
+                    if x is not None and not holds(x):
                         raise ValueError(f"expected {expected}")
         if self.reward_label and not self.reward_model:
             raise ValueError("--reward-label: expected with it a --reward-model")
@@ -999,7 +1003,7 @@ def encode(tokenizer, rows, vocabulary, room):
                     tools=row.get("tools"),
                     return_dict=False,
                     add_generation_prompt=True,
-                    **(row.get("chat_template_kwargs") or {}),
+                    **(row.get("chat_template_kwargs") or {})
                 )
                 is_over = text[-1]["role"] == "assistant"
             if is_over or not ids or max(ids) >= vocabulary:
@@ -1026,7 +1030,7 @@ def reply_text(tokenizer, prompt: Prompt, ids):
 
 
 def load_reward(spec):
-    """The function that `path/to/file.py:function` names."""
+    """The function that `path/to/file.py:function` names. Each call runs the file anew."""
     path, _, name = spec.rpartition(":")
     sys.path.insert(0, os.path.dirname(path))  # what stands beside the file can be imported by it
     with foreign(f"--reward {spec}: expected FILE.py:FUNCTION"):
@@ -1063,7 +1067,7 @@ def load_reward_model(name, device, cfg: Config):
                 add_special_tokens=not (is_chat or text.startswith(tokenizer.bos_token or "\0")),  # no second BOS
                 truncation=True,
                 max_length=min(most_tokens(model), tokenizer.model_max_length),
-                return_tensors="pt",
+                return_tensors="pt"
             )
             with torch.no_grad():
                 scores.append(float(model(**inputs.to(device)).logits[0, column]))
@@ -1168,7 +1172,7 @@ class Task:
                 ],
                 completion_ids=replies,
                 raw_completions=self.tokenizer.batch_decode(replies),  # with special tokens
-                **columns,
+                **columns
             )
         heard = torch.zeros(B)
         for reward, weight in self.rewards:
@@ -1343,7 +1347,7 @@ def save(task: Task):
             "progress": vars(task.progress),
             "logs": {name: (task.run / name).stat().st_size for name in LOGS},
             "actor": weights,
-            "optimizer": moments,
+            "optimizer": moments
         },
         file
     )
@@ -1385,7 +1389,7 @@ def resume(task: Task, initial):
     sizes = dict.fromkeys(LOGS, 0)
     path = task.run / "checkpoint.pt"
     if path.exists():
-        with about(f"{path} is damaged or of another program"):
+        with about(f"loading {path}: expected a whole checkpoint of this program"):
             saved = torch.load(path, map_location="cpu")
             dcp.set_state_dict(
                 task.actor,
@@ -1418,7 +1422,7 @@ def rehearse(task: Task):
 
     A reply must have the same probability when the model is called with it alone, beside longer ones, and decoded with
     a cache. It has not where a model cannot be padded, counts positions from another number than 0, or has rotary
-    factors that change with the length.
+    factors that change with the length. A `ppo_loss` of yours is not tried: the advantages here are all 1.
     """
     cfg = task.cfg
     actor = task.actor
@@ -1474,10 +1478,10 @@ def prepare(
     eval_prompts: list | None = None,
 ) -> Task:
     """All that training needs, checked: what is wrong is told before anything is written. Last, the run's folder."""
-    from transformers.utils import logging
+    import transformers
 
-    logging.set_verbosity_error()  # one progress bar, ours
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # one progress bar, ours
+    transformers.logging.disable_progress_bar()
     start_processes()
     check(cfg)
     place = [cfg.resume or cfg.output_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")]
@@ -1515,14 +1519,14 @@ def prepare(
         train_prompts = [prompt for prompt in train_prompts if str(prompt.ids) in distinct]
     if not train_prompts:
         raise ValueError("there is no prompt to train on: expected --prompts FILE")
-    with about(f"{type(model).__name__} cannot be trained here: expected a causal language model of transformers"):
+    with about(f"two copies of {type(model).__name__}: expected a causal LM of transformers, and memory for them"):
         actor, ref = make_actors(cfg, model, device, dtype)
     initial = fingerprint(ref.lm, train_prompts + held_out)
-    # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. The value head's do
-    # not, as `fit_returns` writes into them.
+    # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. (The value head's
+    # must not: `fit_returns` writes into them.)
     shard(ref.lm, True)
     shard(actor.lm, False)
-    shard(actor.critic, False)
+    shard(actor.critic, True)
     shard(actor.value_head, True)
     optimizer = make_optimizer(cfg, actor)
     # A reply ends with EOS of the tokenizer and of the generation config, and each token whose text is a --stop-token.
@@ -1569,8 +1573,9 @@ def evaluate_held_out(task: Task):
     metrics = {"update": task.progress.update}
     seed_everything(cfg.seed)
     n = len(task.held_out)
-    total = n * max(1, cfg.batch_size // n)
-    prompts = (task.held_out * total)[: total + -total % world()[1]]
+    prompts = task.held_out * max(1, cfg.batch_size // n)
+    total = len(prompts)
+    prompts += prompts[: -total % world()[1]]
     rollout = sample_replies(task.actor, prompts, task.stop_ids, cfg)
     scores, said = task.judge(prompts, rollout.replies())
     fill_logprobs_and_values(task.actor, task.ref, rollout, cfg)
@@ -1587,9 +1592,9 @@ def evaluate_held_out(task: Task):
 
 @contextlib.contextmanager
 def finish_on_signal(go_on):
-    """Yields a list. The first Ctrl-C, SIGTERM or SIGHUP is appended to it, to end after this update; a second ends at
-    once. A signal that is ignored, as SIGHUP is under nohup, stays ignored. Outside the main thread, where Python lets
-    none be caught, all stay as they are."""
+    """Yields a list. Ctrl-C, SIGTERM and SIGHUP are appended to it, to end after this update. A second ends at once,
+    but not SIGHUP: a terminal that closes sends two. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    Outside the main thread, where Python lets none be caught, all stay as they are."""
     asked = []
     owner = os.getpid()
 
@@ -1597,11 +1602,12 @@ def finish_on_signal(go_on):
         if os.getpid() != owner:  # a process that a reward has forked
             signal.signal(number, old[number])
             signal.raise_signal(number)
-        elif asked:
+        elif asked and number != 1:
             raise KeyboardInterrupt(f"stopped at once; {go_on} (from the last checkpoint, if any)")
         else:
             asked.append(number)
-            print("\nfinishing the update in hand; once more to stop at once", file=sys.stderr)
+            # Not by print, which fails where the terminal is gone, or `tee` has ended by the same Ctrl-C.
+            logging.getLogger(__name__).warning("\nfinishing the update in hand; once more to stop at once")
 
     old = {
         n: signal.signal(n, ask_to_end)
@@ -1611,8 +1617,8 @@ def finish_on_signal(go_on):
     try:
         yield asked
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for change in old.items():
+            signal.signal(*change)
 
 
 def run_task(task: Task):
@@ -1620,26 +1626,29 @@ def run_task(task: Task):
     from tqdm import tqdm
 
     cfg = task.cfg
-    run = task.run
     progress = task.progress
     rank, count = world()
-    go_on = f"to go on: python ppo_llm.py --resume '{run}' --num-updates {cfg.num_updates}, or in Python resume='{run}'"
+    go_on = (
+        f"to go on: {'python' if count == 1 else f'torchrun --nproc-per-node {count}'} ppo_llm.py --resume "
+        f"'{task.run}' --num-updates {cfg.num_updates}, or in Python resume='{task.run}'"
+    )
     bar = tqdm(total=cfg.num_updates, initial=progress.update, disable=rank)
 
-    def log(metrics, samples, held_out=False):
+    def log(metrics, samples):
+        held_out = "eval/score" in metrics
         rows = [
             prompt.row | {
                 "update": progress.update,
                 "reply": reply_text(task.tokenizer, prompt, ids),
                 "score": score,
                 "kl": kl,
-                "held_out": held_out,
+                "held_out": held_out
             }
             for prompt, ids, score, kl in samples
         ]
         for name, lines in zip(LOGS, ([metrics], rows)):
             # What UTF-8 cannot write, half an emoji where data was cut, becomes its JSON escape.
-            with open(os.devnull if rank else run / name, "a", encoding="utf-8", errors="backslashreplace") as f:
+            with open(os.devnull if rank else task.run / name, "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         if held_out:
             means = ", ".join(
@@ -1653,7 +1662,7 @@ def run_task(task: Task):
 
     def evaluate():
         if task.held_out:
-            log(*evaluate_held_out(task), held_out=True)
+            log(*evaluate_held_out(task))
 
     def is_due(every):
         return progress.update == cfg.num_updates or every and not progress.update % every
@@ -1667,12 +1676,6 @@ def run_task(task: Task):
                 sample_replies, ppo_loss  # those of now: others may have been put into the module
             ):
                 log(metrics, samples)
-                bar.set_postfix_str(
-                    f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:z.1f}, "
-                    f"ended {metrics['reply/ended']:.0%}",
-                    False
-                )
-                bar.update()
                 if is_due(cfg.eval_every):
                     evaluate()
                 stop = all_sum(torch.tensor(sum(asked)))  # here all processes learn whether one was asked to stop
@@ -1680,18 +1683,24 @@ def run_task(task: Task):
                     save(task)
                 if stop and progress.update < cfg.num_updates:
                     raise KeyboardInterrupt(f"stopped after update {progress.update}, {go_on}")
+                bar.set_postfix_str(  # after the checkpoint, as the terminal may be gone
+                    f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:z.1f}, "
+                    f"ended {metrics['reply/ended']:.0%}",
+                    False
+                )
+                bar.update()
         except Exception as e:
             # Of several processes the others may be gone. A policy that diverges does not replace an older one.
             if progress.update and count == 1 and not isinstance(e, FloatingPointError):
                 save(task)
                 e.add_note(f"(saved after update {progress.update}, with any steps of the next one; {go_on})")
             raise
-    print(f"Load the policy: AutoModelForCausalLM.from_pretrained('{run}/policy')")
-    return run
+    print(f"Load the policy: AutoModelForCausalLM.from_pretrained('{task.run}/policy')")
+    return task.run
 
 
 def train(cfg: Config, prompts=None, reward=None, model=None, tokenizer=None, eval_prompts=None):
-    """Run PPO and return the folder of the run. What is not passed comes from cfg. The demo is train(DEMO).
+    """Run PPO and return the folder of the run. What is not passed, or empty, comes from cfg. The demo is train(DEMO).
 
     prompts, eval_prompts: texts, chats, or dicts with "prompt" and columns for the reward. reward: one or several
     functions f(prompts, completions, **columns) that give, for each reply, a number, a list of one for each of its
@@ -1756,7 +1765,7 @@ def demo_task(seed, steps=160):
         num_attention_heads=4,
         initializer_range=0.05,
         tie_word_embeddings=True,
-        eos_token_id=1,
+        eos_token_id=1
     ))
     pick = random.Random(seed).choice
 
