@@ -42,10 +42,13 @@ def runs(name: str, task: str, change: str, commit: str | None = None) -> list[d
 
 
 def learning(name: str) -> dict[tuple, list[dict]]:
-    """{(change, task, rate): rows} of learning/NAME.jsonl."""
+    """{(change, task, rate): rows} of learning/NAME.jsonl, each by the commit that measured it last."""
     groups = defaultdict(list)
     for row in read_lines(HERE / "learning" / f"{name}.jsonl"):
-        groups[row["change"], row["task"], row["rate"]].append(row)
+        rows = groups[row["change"], row["task"], row["rate"]]
+        if rows and rows[-1].get("commit") != row.get("commit"):
+            rows.clear()
+        rows.append(row)
     return groups
 
 
@@ -122,7 +125,7 @@ def each() -> str:
 
 
 def sums() -> str:
-    """The runs of smollm2/sums.py: of a line, the seeds in turn, and the standard error of each number over sums."""
+    """The runs of smollm2/sums.py: of a line, the seeds in turn, and the largest standard error over sums."""
     lines = ["| pairs | paid for | seeds | right, % | training, % | KL |", "|---|---|---|---|---|---|"]
     for pairs, reward in itertools.product(("1-20", "2-59"), ("right", "digits")):
         paths = sorted((HERE / "smollm2").glob(f"sums-{pairs}-{reward}-*"))

@@ -1,4 +1,4 @@
-"""Makes any figure or table of this folder again.
+"""Makes figures and tables of this folder again.
 
     python runs/reference/reproduce.py                       # lists them: time of one core to measure, and commands
     python runs/reference/reproduce.py details               # prints its table and draws its figure, from the rows
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 TRL = "../../trl-venv/bin/python"
-DEMOS = "for i in 2 3 4 5; do python ../../ppo_llm.py --seed $i --output-dir demo-seed$i; done"
+DEMOS = "for i in 2 3 4 5; do python ../../ppo_llm.py --seed $i --output-dir demo-seed$i || exit 1; done"
 GONE = "echo its mistakes are those of commit 0574b0b: measure there && false"
 STUDY, TABLE, LEARN = "python study/study.py", "python audit.py", "python learning/learning.py"
 EVEN = "--seeds 10 11 12 13 14 15 16 17 18 19 --tasks even"
@@ -21,7 +21,7 @@ EACH = "--seeds 20 21 22 23 24 --rates 3e-3 --tasks even last first length kl --
 SMOL = "cd ../.. && for i in 21 22 23; do python ppo_llm.py --model SmolLM2 --seed $i"  # see smollm2/smollm2.py
 KIND = (f"{SMOL} --output-dir runs/reference/smollm2/kind-$i --prompts SmolLM2/openings.txt "
         "--eval-prompts SmolLM2/held_out.txt --reward runs/reference/smollm2/smollm2.py:sentiment --response-length 16 "
-        "--batch-size 64 --kl-coef 0.02 --learning-rate 1e-4 --target-kl 0.1 --num-updates 20; done")
+        "--batch-size 64 --kl-coef 0.02 --learning-rate 1e-4 --target-kl 0.1 --num-updates 20 || exit 1; done")
 RESULTS = {  # name: (time to measure, what shows the rows, what measures them)
     "demo": ("10 min", f"{TABLE} demo && python plot.py demo demo-seed[2-5] -o demo.svg",
              f"{STUDY} demo && python ../../ppo_llm.py --output-dir demo && {DEMOS}"),  # into folders that are not there

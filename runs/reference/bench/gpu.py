@@ -68,6 +68,7 @@ def part(name: str):
     gc.collect()  # layers that are checkpointed refer to themselves
     if GPU:
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def seconds(f, repeats: int = 3) -> float:
@@ -259,17 +260,18 @@ def peaks() -> tuple:
 
 
 @torch.no_grad()
-def static_decode(actor, queries, query_mask, uniform, stop_ids, temperature):
-    """`decode` with a cache of a fixed size. Every token is then the same launches, and the host waits for none of
-    them: a GPU records them once, as a graph, and replays it."""
+def static_decode(actor, queries, query_mask, uniform, stop_ids, temperature, room=None):
+    """`decode` with a cache of a fixed size, for `room` tokens, or as many as there are. Every token is then the same
+    launches, and the host waits for none of them: a GPU records them once, as a graph, and replays it."""
     length, (b, T) = queries.shape[1], uniform.shape
+    room = room or T
     queries, uniform = queries.to(DEVICE), uniform.to(DEVICE)
-    attention = F.pad(query_mask, (0, T), value=True).to(DEVICE)
+    attention = F.pad(query_mask, (0, room), value=True).to(DEVICE)
     stop = queries.new_tensor(stop_ids)
     tokens = queries.new_zeros(b, T)
     logprobs = torch.zeros(b, T, device=DEVICE)
     now = queries.new_zeros(1)  # the place of the token that comes next
-    cache = transformers.StaticCache(config=actor.lm.config, max_cache_len=length + T)
+    cache = transformers.StaticCache(config=actor.lm.config, max_cache_len=length + room)
     update = cache.update  # Llama's and Qwen's keys are float32 under autocast, their values bfloat16
 
     def update_alike(keys, values, *rest, **more):
@@ -337,7 +339,8 @@ def time_decoding(kind: str, b: int, length: int, T: int, copied: float) -> None
     cached = 2 * 2 * config.num_hidden_layers * kv_width * b * (queries.shape[1] + 3 * T / 4)
     bound = (2 * trunk + 4 * head + cached) / copied  # seconds a token, if all that must be read is read once
     model_and_prompts, uniform = (actor, queries, query_mask), torch.rand(b, T, dtype=torch.float64)
-    for name, decode in (("decode", P.decode), ("static_decode", static_decode)):
+    # Half of the tokens with a cache for all: attention reads the whole of it.
+    for name, decode in (("decode", P.decode), ("static_decode", functools.partial(static_decode, room=T))):
         with part(f"{name} {kind}"):
             half, whole = (seconds(lambda: decode(*model_and_prompts, uniform[:, :t], [], 1.0)) for t in (T // 2, T))
             s = (whole - half) / (T - T // 2)
@@ -454,7 +457,8 @@ TINY_SHAPES = args.tiny
 GPU = torch.cuda.is_available()
 if not GPU and not TINY_SHAPES:
     parser.error("no GPU: expected one, or --tiny to try the script on the CPU")
-DEVICE, _ = P.pick_device(P.Config(device="cuda" if GPU else "cpu"))  # as in a run: TF32, segments that grow
+P.start_processes()  # as in a run: memory in segments that grow
+DEVICE, _ = P.pick_device(P.Config(device="cuda" if GPU else "cpu"))  # and TF32
 for name in args.parts or PARTS:
     with part(name):
         globals()[name]()

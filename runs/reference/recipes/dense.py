@@ -3,8 +3,8 @@
     python runs/reference/recipes/dense.py      # about a minute: one task, paid at the end of a reply and at each token
 
 What changes: `score` returns [B, T] in place of [B], with the number of the t-th token of a reply in column t. It costs
-nothing. The same sum is maximised either way, if each number is settled by its token: not if it depends on later ones,
-on the length of a reply, say. Watch `val/explained_variance`: if the critic fits, credit has less noise.
+nothing. The same sum is maximised either way, if γ is 1 and each number is settled by its token: not if it depends on
+later ones, on the length of a reply, say. Watch `val/explained_variance`: if the critic fits, credit has less noise.
 """
 import copy
 import sys

@@ -4,17 +4,21 @@
 
 What changes: `sample` asks the engine and keeps the log π by which it sampled; `loss` weights each token by how much
 likelier it is to the trainer, at most CAP times (truncated importance sampling). Needed where the engine's weights are
-old or it computes otherwise; clip, KL and returns stay as they are. Watch `policy/sampler_gap`: 0.1 is not rounding.
+old or it computes otherwise; clip and returns stay as they are, and so does the KL, which is then a mean over tokens of
+the old weights and may be negative: do not steer β by it. For one process. Watch `policy/sampler_gap`: 0.1 is not
+rounding.
 """
 import copy
 import dataclasses
 import sys
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, ".")
 import ppo_llm as P
+from ppo_llm import ppo_loss  # P.ppo_loss may become the one below
 
 CAP = 2.0
 
@@ -26,7 +30,8 @@ class Engine:
 
     def sample(self, actor, prompts, stop_ids, cfg):
         self.sent.append(copy.deepcopy(actor.lm.state_dict()))
-        self.model.load_state_dict(self.sent.pop(0))  # here weights are sent to the engine, old ones if it lags
+        # Here weights are sent to the engine, old ones if it lags. In Part II an evaluation is such a call too.
+        self.model.load_state_dict(self.sent.pop(0))
         queries, query_mask = P.left_pad([prompt.ids for prompt in prompts])
         inputs = {"input_ids": queries, "attention_mask": query_mask.long()}
         how = dict(do_sample=True, top_k=0, temperature=cfg.temperature, max_new_tokens=cfg.response_length)
@@ -34,13 +39,14 @@ class Engine:
         out = self.model.generate(**{name: x.to(self.model.device) for name, x in inputs.items()}, **how)
         responses = out.sequences[:, queries.shape[1] :].cpu()
         logprobs = P.logprobs_from_logits(torch.stack(out.scores, 1).cpu(), responses)  # scores: after all that is set
-        present = P.response_mask(responses, stop_ids)
+        responses, logprobs = (F.pad(x, (0, cfg.response_length - x.shape[1])) for x in (responses, logprobs))
+        present = P.response_mask(responses, stop_ids)  # all replies had ended where the padding begins
         return P.Rollout(queries, query_mask, responses, present, present, logprobs)
 
 
 def corrected_loss(actor, batch, cfg):
     weights = (batch.logprobs - batch.sampler_logprobs).exp().clamp(max=CAP)
-    return P.ppo_loss(actor, dataclasses.replace(batch, advantages=weights * batch.advantages), cfg)
+    return ppo_loss(actor, dataclasses.replace(batch, advantages=weights * batch.advantages), cfg)
 
 
 def score(prompts, replies):

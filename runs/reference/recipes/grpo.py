@@ -5,7 +5,8 @@
 What changes: `score` takes the group's mean away (and, as an option, divides by its deviation, as DeepSeekMath does,
 arXiv 2402.03300); `loss` has the KL in it, by k3, and in place of the advantages the returns: with β 0, γ and λ 1 they
 are these scores, whatever V is. It costs several replies to each prompt, and all tokens of a reply get one credit. The
-mean is over tokens, as in DAPO. Watch `objective/kl`: k3's gradient is not that of the KL.
+mean is over tokens, as in DAPO. Watch `objective/kl`: k3's gradient is not that of the KL. `score` is what `ppo` takes,
+not a --reward: held-out replies come in no groups.
 """
 import copy
 import dataclasses
@@ -17,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, ".")
 from ppo_llm import Actor, PPOConfig, Progress, Prompt, kl_estimate, masked_mean, policy_loss, ppo
 
-GROUP, BETA = 8, 0.02
+GROUP, BETA = 8, 0.02  # samples_per_prompt must be GROUP
 
 
 def early(prompts, replies):

@@ -19,7 +19,8 @@ from ppo_llm import Actor, PPOConfig, Progress, Prompt, ppo, seed_everything
 
 def adapted(base, rank=8):
     """The base with adapters, and an actor on it. Layers and head of the base stay where they are."""
-    model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
     return model, Actor(model.get_base_model())
 
 

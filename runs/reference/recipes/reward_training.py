@@ -13,7 +13,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForSequenceClassification
+from transformers import GenerationConfig, LlamaForSequenceClassification
 
 sys.path.insert(0, ".")
 from ppo_llm import DEMO, demo_task, seed_everything, sentiment, train
@@ -23,7 +23,9 @@ def preferences(lm, tokenizer, prompts, count=512):
     """Pairs of texts from the same prompt, the better one first."""
     asked = [prompt for prompt in (prompts * count)[:count] for _ in range(2)]
     inputs = tokenizer(asked, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
-    ids = lm.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=DEMO.response_length, pad_token_id=0)
+    how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=DEMO.response_length)  # not the model's own
+    pad, eos = tokenizer.pad_token_id, lm.generation_config.eos_token_id
+    ids = lm.generate(**inputs, generation_config=how, pad_token_id=pad, eos_token_id=eos)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     pairs = [sorted(pair, key=lambda text: -sentiment(None, [text])[0]) for pair in zip(texts[::2], texts[1::2])]
     return [pair for pair in pairs if sentiment(None, pair)[0] != sentiment(None, pair)[1]]
@@ -32,7 +34,7 @@ def preferences(lm, tokenizer, prompts, count=512):
 def fit(lm, tokenizer, pairs, folder, epochs=3):
     """Bradley and Terry 1952: the log odds that one text is preferred to another are the difference of their scores."""
     config = copy.deepcopy(lm.config)
-    config.update({"pad_token_id": 0, "num_labels": 1})
+    config.update({"pad_token_id": tokenizer.pad_token_id, "num_labels": 1})  # the score stands at the last other token
     model = LlamaForSequenceClassification(config)
     model.model.load_state_dict(lm.model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)

@@ -49,7 +49,7 @@ def calculator(reply):
 
 
 def score(prompts, replies):
-    """1 if the policy's last turn, after the call and its answer, is the sum."""
+    """1 if the policy's last turn, after the one call and its answer, a single token, is the sum."""
     turns = [reply[reply.index(CALL) + 2 :] if CALL in reply else reply for reply in replies]
     right = [float(turn == [prompt.ids[0] + prompt.ids[2], END]) for prompt, turn in zip(prompts, turns)]
     return torch.tensor(right), {"calls": sum(CALL in reply for reply in replies) / len(replies)}

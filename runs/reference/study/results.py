@@ -33,8 +33,8 @@ def read_rows(path: Path) -> dict[str, list[dict]]:
 
 
 def largest(path: Path) -> list[dict]:
-    """The rows by the commit that has most of them: what figures show."""
-    return max(read_rows(path).values(), key=len)
+    """The rows by the commit that has most of them, the last of equals: what figures show."""
+    return max(reversed(read_rows(path).values()), key=len)
 
 
 def read(rows: list[dict]) -> dict[tuple, dict]:
