@@ -1650,13 +1650,12 @@ def run_task(task: Task):
             # What UTF-8 cannot write, half an emoji where data was cut, becomes its JSON escape.
             with open(os.devnull if rank else task.run / name, "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
-        if held_out:
+        if held_out or not task.held_out and is_due(cfg.eval_every):  # where none is held out, replies of training
             means = ", ".join(
                 f"{name.split('/')[-1]} {metrics[name]:z.2f} ± {metrics.get(name + '_se', math.nan):.2f}"
                 for name in metrics if "eval/" in name and not name.endswith("_se")
             )
-            bar.write(f"\nHeld-out, update {progress.update}: {means}")
-        if held_out or not task.held_out and is_due(cfg.eval_every):  # where none is held out, replies of training
+            bar.write(f"\n{'Held-out' if held_out else 'Training'}, update {progress.update}: {means}")
             for row in rows:
                 bar.write("  " + " ".join(f"{str(row['prompt'])[-200:]} | {row['reply'][:300]}".split()))
 
@@ -1681,14 +1680,14 @@ def run_task(task: Task):
                 stop = all_sum(torch.tensor(sum(asked)))  # here all processes learn whether one was asked to stop
                 if stop or is_due(cfg.save_every):
                     save(task)
-                if stop and progress.update < cfg.num_updates:
-                    raise KeyboardInterrupt(f"stopped after update {progress.update}, {go_on}")
                 bar.set_postfix_str(  # after the checkpoint, as the terminal may be gone
                     f"score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:z.1f}, "
                     f"ended {metrics['reply/ended']:.0%}",
                     False
                 )
                 bar.update()
+                if stop and progress.update < cfg.num_updates:
+                    raise KeyboardInterrupt(f"stopped after update {progress.update}, {go_on}")
         except Exception as e:
             # Of several processes the others may be gone. A policy that diverges does not replace an older one.
             if progress.update and count == 1 and not isinstance(e, FloatingPointError):
