@@ -714,8 +714,8 @@ def ppo(
     `score` must give the same in all.
     stop_ids: the tokens that end a reply.
     progress: where to begin, Progress(cfg.kl_coef) at first. It is complete at each yield: a checkpoint can be written.
-    progress.update counts finished updates, so it is 0 during the first: functions of yours that know it may read it,
-    for a coefficient that changes. progress.kl_coef is the β of now.
+    progress.update counts finished updates, so it is 0 during the first: functions of yours may read it, for a
+    coefficient that changes. progress.kl_coef is the β of now.
     sample(actor, prompts, stop_ids, cfg) -> Rollout: a function in place of `sample_replies`, such as an environment or
     a serving engine. It gives the whole rollout, in each process the same: a row for each prompt in their order, and
     all fields that have no default.
@@ -1519,7 +1519,7 @@ def prepare(
         train_prompts = [prompt for prompt in train_prompts if str(prompt.ids) in distinct]
     if not train_prompts:
         raise ValueError("there is no prompt to train on: expected --prompts FILE")
-    with about(f"two copies of {type(model).__name__}: expected a causal LM of transformers, and memory for them"):
+    with about(f"copies of {type(model).__name__}: expected a causal LM of transformers, and memory for them"):
         actor, ref = make_actors(cfg, model, device, dtype)
     initial = fingerprint(ref.lm, train_prompts + held_out)
     # The policy's weights stay whole until the backward pass, as a reply takes many forward passes. (The value head's

@@ -2515,7 +2515,7 @@ def test_a_compiled_policy_is_trained_and_saved_under_its_own_names(tmp_path, mo
 
 
 def test_a_checkpointed_layer_is_computed_again(tmp_path):
-    """In the backward pass, to its last activation that this needs."""
+    """Once forward, once in the backward pass."""
     cfg = quick(tmp_path, gradient_checkpointing=True)
     actor, _ = P.make_actors(cfg, model_of(), torch.device("cpu"), torch.float32)
     batch = whole(replies_to(actor))
